@@ -1,0 +1,81 @@
+"""Stage 2: fine-tune φ and the DiT to generate the next section, given a clean history of varying length.
+
+The same loss as stage 1 with another target (paper, section 3.2, equation 2):
+
+    ‖(ε - X_0) - G_θ(X_t, t, c, φ(H))‖²         X_0: the section that follows H; c: its prompt
+
+    python finetune.py                            φ from runs/pretrain, the DiT from the base again
+    python finetune.py --method none --init random --out runs/base         the base: the DiT alone, from prompts
+"""
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from data import parse_flags, run_main
+from encoder import parse_rate
+from model import UserError, load_weights, read_metadata, sample_t
+from pretrain import Batch, Config, collate, downsample, generator, setup, train
+
+
+@dataclass
+class FinetuneConfig(Config):
+    out: str = "runs/finetune"    # run folder: model.safetensors, state.pt, log.jsonl, previews
+    encoder: str = "runs/pretrain"     # the stage-1 run whose φ is taken; "none" starts a fresh one (Without Pretrain)
+    freeze_encoder: bool = False  # keep φ as it is (the paper's ablation)
+    text_drop: float = 0.1        # share of samples without a prompt, for classifier-free guidance
+
+
+def draw_continuation(config, tools, clips, rows, step):
+    """Stage 2: a history of one length a batch, all that the next section asks for seen in it; the target is that section.
+
+    Half of the histories do not begin at a section's start, so that their segments straddle the cuts and their last
+    frames wait uncompressed, as they do when one's own clip is continued.
+    """
+    section = tools.preset.section
+    g = generator(config.seed, step)
+    longest = tools.preset.history // section
+    lengths = [n for n in range(1, longest + 1) if all(clip.targets(n, section) for clip in clips)]
+    if not lengths:
+        raise UserError("a clip is shorter than one segment and one section: give longer clips")
+    length = lengths[int(torch.randint(len(lengths), (), generator=g))]
+    waiting = int(torch.randint(section, (), generator=g)) if torch.rand((), generator=g) < 0.5 else 0
+    parts = []
+    for clip, row in zip(clips, rows):
+        g = generator(config.seed, step, row)
+        targets = clip.targets(length, section)
+        begin = targets[int(torch.randint(len(targets), (), generator=g))]      # first frame of the target
+        first = begin - length * section + (section - waiting) % section
+        hr = clip.latents[None, :, first:begin].float()                         # (1, C, F, H, W)
+        target = clip.latents[None, :, begin:begin + section].float()
+        prompt = clip.prompt(begin) if torch.rand((), generator=g) >= config.text_drop else ""
+        frames = torch.arange(begin - first, begin - first + section)[None].float()
+        parts.append(Batch(hr, downsample(tools, hr), target, frames, torch.randn(target.shape, generator=g),
+                           sample_t(1, config.t_mean, g), tools.prompts(prompt)[None],
+                           clip.truth(torch.arange(begin, begin + section))))
+    return collate(parts)
+
+
+def load_encoder(encoder, config):
+    """φ as stage 1 left it. Refuses a run of another rate, method or preset."""
+    path = Path(config.encoder)
+    path = path / "model.safetensors" if path.is_dir() else path
+    theirs = read_metadata(path)
+    for key in ("preset", "method", "rate"):
+        if theirs[key] != getattr(config, key):
+            raise UserError(f"--encoder {config.encoder} has --{key} {theirs[key]}, but {getattr(config, key)} is asked for")
+    load_weights(encoder, [path], lambda name: name.removeprefix("encoder.") if name.startswith("encoder.") else None)
+
+
+def main():
+    config = parse_flags(FinetuneConfig, __doc__)
+    model, *rest = setup(config)
+    if model.encoder is not None and config.encoder != "none":
+        load_encoder(model.encoder, config)
+    if config.freeze_encoder:
+        model.encoder.requires_grad_(False)
+    train(config, "finetune", draw_continuation, replace(config, text_drop=0.0), model, *rest)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,434 @@
+"""The video diffusion transformer (DiT) of Wan 2.1, and rectified flow: its loss and its sampler.
+
+Letters:  B batch, C channels, F frames, H height, W width, N noisy tokens, M memory tokens, L text tokens, D width.
+Videos and latents are (B, C, F, H, W). Pixels are floats in [-1, 1]; uint8 only in files.
+Flow:     x_t = (1 - t) x_0 + t ε with t in [0, 1], so noise is at t = 1. Target v = ε - x_0. The DiT is fed 1000 t.
+          Timestep shift t' = s t / (1 + (s - 1) t).
+Tokens:   every token has a real position (frame, row, column) on the DiT's token grid, in units of latent frames and
+          of 2x2 latents. RoPE is computed from positions, not looked up, so there is no longest video.
+
+Architecture and parameter names are exactly Wan 2.1's text-to-video model, so its weights load with strict=True. Two
+things are added that change nothing when unused: positions are given, not assumed; and memory tokens, which are clean
+(t = 0), stand before the noisy ones (t) in the sequence and take part in every self-attention.
+"""
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+
+
+class UserError(ValueError):
+    """A mistake of the user's: shown as one line (what was given, what is expected, what to do), exit code 2."""
+
+
+@dataclass
+class DiTConfig:
+    dim: int                      # D, width
+    ffn_dim: int                  # hidden width of the feed-forward layers
+    heads: int
+    layers: int
+    in_dim: int = 16              # latent channels
+    out_dim: int = 16
+    text_dim: int = 4096          # width of the prompt embeddings (umT5-xxl)
+    text_len: int = 512           # prompts are zero-padded to this many tokens
+    freq_dim: int = 256           # width of the sinusoidal timestep embedding
+    patch: tuple = (1, 2, 2)      # latent frames, rows, columns a token
+    eps: float = 1e-6
+
+
+@dataclass
+class Preset:
+    dit: DiTConfig
+    codec: str                    # "dct" or "wan", see data.py
+    sizes: tuple                  # (height, width) of the aspect-ratio buckets, pixels; the first is the default
+    fps: float                    # frames a second
+    section: int                  # latent frames generated at once = encoded at once
+    history: int                  # latent frames of history, about 20 s
+    widths: tuple                 # channels of the memory encoder's convolutions
+
+
+PRESETS = {
+    "nano": Preset(DiTConfig(dim=256, ffn_dim=1024, heads=4, layers=5, text_dim=64, text_len=24),
+                   "dct", ((64, 64),), fps=2, section=4, history=40, widths=(32, 64, 128, 256)),
+    "small": Preset(DiTConfig(dim=512, ffn_dim=2048, heads=8, layers=12, text_dim=64, text_len=24),
+                    "dct", ((128, 224), (224, 128)), fps=8, section=8, history=160, widths=(64, 128, 256, 512)),
+    "wan-1.3b": Preset(DiTConfig(dim=1536, ffn_dim=8960, heads=12, layers=30),
+                       "wan", ((480, 832), (832, 480), (624, 624)), fps=16, section=8, history=81,
+                       widths=(64, 128, 256, 512)),
+    "wan-14b": Preset(DiTConfig(dim=5120, ffn_dim=13824, heads=40, layers=40),
+                      "wan", ((480, 832), (832, 480), (624, 624)), fps=16, section=8, history=81,
+                      widths=(64, 128, 256, 512)),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes and positions
+
+def pad_replicate(x, multiples):
+    """Pad (B, C, F, H, W) up to multiples (f, h, w) by replication: time at the front (only a causal codec's lone first
+    latent needs it), space at the bottom and right."""
+    f, h, w = (-size % m for size, m in zip(x.shape[2:], multiples))
+    return F.pad(x, (0, w, 0, h, f, 0), mode="replicate") if f or h or w else x
+
+
+def token_positions(frames, rows, columns):
+    """Positions of the tokens of a video, ordered frame, row, column (column fastest).
+
+    frames: (F,) or (B, F) times in latent frames; rows, columns: size of the token grid. Returns (..., F*rows*columns, 3).
+    """
+    frames = torch.as_tensor(frames, dtype=torch.float32)
+    shape = (*frames.shape, rows, columns)
+    return torch.stack([
+        frames[..., None, None].expand(shape),
+        torch.arange(rows, device=frames.device).float()[:, None].expand(shape),
+        torch.arange(columns, device=frames.device).float().expand(shape),
+    ], dim=-1).flatten(-4, -2)
+
+
+def rope(positions, head_dim):
+    """Rotation angles of 3D rotary embeddings, as (cos, sin), each (B, 1, N, head_dim / 2), for positions (B, N, 3).
+
+    Of the head_dim channels, 2 * (head_dim // 6) belong to rows, as many to columns, the rest to time; each axis has its
+    own frequencies 10000^(-2j / axis_dim).
+    """
+    spatial = 2 * (head_dim // 6)
+    # float64 as in Wan (MPS has none): at frame 1000 a float32 angle is already off by 1e-4
+    dtype = torch.float32 if positions.device.type == "mps" else torch.float64
+    angles = []
+    for axis, dim in enumerate((head_dim - 2 * spatial, spatial, spatial)):
+        frequencies = 10000.0 ** (-torch.arange(0, dim, 2, device=positions.device, dtype=dtype) / dim)
+        angles.append(positions[..., axis, None].to(dtype) * frequencies)
+    angles = torch.cat(angles, dim=-1)[:, None]                                 # (B, 1, N, head_dim / 2)
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x, cos, sin):
+    """Rotate the channel pairs (a, b) = (2j, 2j + 1) of x (B, heads, N, head_dim) to (a cos - b sin, a sin + b cos).
+
+    The result has all first halves of the pairs before all second ones: a product of two vectors so rotated is the same
+    in any order of channels, and this one needs no interleaving.
+    """
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
+
+
+def attend(q, k, v):
+    """Softmax attention, (B, heads, N, head_dim) each. No mask, so that SDPA chooses its flash kernel on a GPU."""
+    if q.device.type == "cpu" and q.shape[2] * k.shape[2] <= 1024**2:
+        # SDPA's CPU kernel, backwards above all, is far below the rate of matrix products: short ones are faster by hand
+        weights = (q.contiguous() * q.shape[-1]**-0.5) @ k.contiguous().mT
+        return weights.softmax(-1).type_as(v) @ v.contiguous()
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The transformer
+
+class PatchEmbedding(nn.Module):
+    """A convolution whose kernel is its stride, computed as one matrix product. Weight (D, C, *patch), as Wan's Conv3d."""
+
+    def __init__(self, in_dim, dim, patch):
+        super().__init__()
+        self.patch = tuple(patch)
+        self.weight = nn.Parameter(torch.empty(dim, in_dim, *patch))
+        self.bias = nn.Parameter(torch.zeros(dim))
+        nn.init.xavier_uniform_(self.weight.view(dim, -1))
+
+    def forward(self, x):
+        """(B, C, F, H, W) -> (B, N, D). F, H, W must be multiples of the patch."""
+        pt, ph, pw = self.patch
+        x = rearrange(x, "b c (f pt) (h ph) (w pw) -> b (f h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over all heads together, in float32."""
+
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).type_as(x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with normalised queries and keys: over x itself, or over a context."""
+
+    def __init__(self, dim, heads, eps):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.o = nn.Linear(dim, dim)
+        self.norm_q = RMSNorm(dim, eps)
+        self.norm_k = RMSNorm(dim, eps)
+
+    def forward(self, x, context=None, angles=None):
+        """x (B, N, D), context (B, L, D) or None for self-attention, angles from rope() or None -> (B, N, D)."""
+        context = x if context is None else context
+        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)     # (B, N, D) -> (B, heads, N, head_dim)
+        q, k, v = split(self.norm_q(self.q(x))), split(self.norm_k(self.k(context))), split(self.v(context))
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        return self.o(attend(q, k, v).transpose(1, 2).flatten(-2))              # (B, N, D)
+
+
+def modulate(x, shift, scale, M):
+    """x (B, M + N, D) scaled and shifted by (B, 2, D) each: [:, 0] for the M memory tokens, [:, 1] for the noisy ones.
+    There are only two timesteps in a sequence, so modulation is computed twice, not once per token."""
+    parts = [torch.addcmul(shift[:, i, None], x_i, 1 + scale[:, i, None]) for i, x_i in enumerate((x[:, :M], x[:, M:]))]
+    return torch.cat(parts, dim=1) if M else parts[1]
+
+
+def add_gated(x, y, gate, M):
+    """x + gate * y, with gate (B, 2, D) as in modulate(). In float32, like the residual stream x."""
+    parts = [torch.addcmul(x_i, y_i, gate[:, i, None]) for i, (x_i, y_i) in
+             enumerate(((x[:, :M], y[:, :M]), (x[:, M:], y[:, M:])))]
+    return torch.cat(parts, dim=1) if M else parts[1]
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the text, feed-forward. Modulation by the timestep as in adaLN."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.dim, self.eps = c.dim, c.eps
+        self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim**0.5)
+        self.self_attn = Attention(c.dim, c.heads, c.eps)
+        self.norm3 = nn.LayerNorm(c.dim, c.eps)
+        self.cross_attn = Attention(c.dim, c.heads, c.eps)
+        self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(c.ffn_dim, c.dim))
+
+    def forward(self, x, e, text, angles, M):
+        """x (B, M + N, D) in float32, e (B, 2, 6, D) modulation at t = 0 and at t, text (B, L, D) -> like x."""
+        s1, c1, g1, s2, c2, g2 = (self.modulation[:, None].float() + e).unbind(2)       # (B, 2, D) each
+        norm = lambda y: F.layer_norm(y, (self.dim,), eps=self.eps)
+        x = add_gated(x, self.self_attn(modulate(norm(x), s1, c1, M), angles=angles), g1, M)
+        x = x + self.cross_attn(self.norm3(x), context=text)
+        return add_gated(x, self.ffn(modulate(norm(x), s2, c2, M)), g2, M)
+
+
+class Head(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.dim, self.eps = c.dim, c.eps
+        self.modulation = nn.Parameter(torch.randn(1, 2, c.dim) / c.dim**0.5)
+        self.head = nn.Linear(c.dim, math.prod(c.patch) * c.out_dim)
+
+    def forward(self, x, e):
+        """x (B, N, D), e (B, D) timestep embedding -> (B, N, patch * C)."""
+        shift, scale = (self.modulation.float() + e[:, None]).chunk(2, dim=1)   # (B, 1, D) each
+        return self.head(F.layer_norm(x, (self.dim,), eps=self.eps) * (1 + scale) + shift)
+
+
+class DiT(nn.Module):
+    """Wan 2.1 text-to-video transformer, with memory.
+
+    forward(x, t, text, frames=None, memory=None):
+        x       (B, C, F, H, W) noisy latents; H and W even
+        t       (B,) timesteps, 0..1000
+        text    (B, L, text_dim) prompt embeddings, zero-padded to text_len here if shorter (padding is attended, as
+                in Wan); all zeros for no prompt
+        frames  (F,) or (B, F) times of the frames of x, in latent frames; default 0..F-1
+        memory  None or (tokens (B, M, D), positions (M, 3) or (B, M, 3)): clean context, seen at t = 0
+        returns the velocity ε - x_0, float32, shaped as x
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        self.patch_embedding = PatchEmbedding(c.in_dim, c.dim, c.patch)
+        self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"), nn.Linear(c.dim, c.dim))
+        self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.head = Head(c)
+        self.checkpointing = False          # recompute each block's activations in the backward pass: less memory
+        self.init_weights()
+
+    def init_weights(self):
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+        for m in (*self.text_embedding, *self.time_embedding):
+            if isinstance(m, nn.Linear):
+                nn.init.normal_(m.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)
+
+    def embed_timesteps(self, t):
+        """(B,) timesteps 0..1000 -> embedding (B, D) and modulation (B, 6, D), in float32 whatever the weights' dtype."""
+        c = self.config
+        with torch.autocast(t.device.type, enabled=False):
+            dtype = torch.float32 if t.device.type == "mps" else torch.float64
+            half = torch.arange(c.freq_dim // 2, device=t.device, dtype=dtype)
+            angles = t.to(dtype)[:, None] * 10000.0 ** (-half / (c.freq_dim // 2))
+            y = torch.cat([angles.cos(), angles.sin()], dim=-1).float()         # (B, freq_dim), cosines first
+            linear = lambda m, y: F.linear(y, m.weight.float(), m.bias.float())
+            e = linear(self.time_embedding[2], F.silu(linear(self.time_embedding[0], y)))
+            return e, linear(self.time_projection[1], F.silu(e)).unflatten(-1, (6, -1))
+
+    def forward(self, x, t, text, frames=None, memory=None):
+        c = self.config
+        B, _, n_frames, height, width = x.shape
+        rows, columns = height // c.patch[1], width // c.patch[2]
+        frames = torch.arange(n_frames, device=x.device) if frames is None else frames
+        positions = token_positions(frames, rows, columns)
+        positions = positions.expand(B, -1, -1)                                 # (B, N, 3)
+        x = self.patch_embedding(x).float()                                     # (B, N, D)
+        M = 0
+        if memory is not None and memory[0].shape[1]:
+            M = memory[0].shape[1]
+            x = torch.cat([memory[0].float(), x], dim=1)                        # (B, M + N, D)
+            positions = torch.cat([memory[1].expand(B, -1, -1), positions], dim=1)
+        angles = rope(positions, c.dim // c.heads)
+        embedding, modulation = self.embed_timesteps(torch.cat([t * 0, t]))     # memory is clean: t = 0
+        modulation = torch.stack(modulation.chunk(2), dim=1)                    # (B, 2, 6, D)
+        text = self.text_embedding(F.pad(text, (0, 0, 0, c.text_len - text.shape[1])))
+        for block in self.blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = torch.utils.checkpoint.checkpoint(block, x, modulation, text, angles, M, use_reentrant=False)
+            else:
+                x = block(x, modulation, text, angles, M)
+        x = self.head(x[:, M:], embedding[B:]).float()                          # only the noisy tokens are read out
+        # unlike the input, the output has channels last inside a patch
+        return rearrange(x, "b (f h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)", h=rows, w=columns,
+                         pt=c.patch[0], ph=c.patch[1], pw=c.patch[2])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rectified flow
+
+def sample_t(n, mean, generator=None):
+    """n noise levels in (0, 1), logit-normal: sigmoid of N(mean, 1)."""
+    return torch.sigmoid(mean + torch.randn(n, generator=generator))
+
+
+def add_noise(x0, noise, t):
+    """x_t = (1 - t) x_0 + t ε, with t (B,) broadcast over x0 (B, ...)."""
+    t = t.view(-1, *[1] * (x0.ndim - 1)).to(x0)
+    return (1 - t) * x0 + t * noise
+
+
+def flow_loss(dit, x0, noise, t, text, frames, memory):
+    """‖(ε - x_0) - G(x_t, t, c, φ)‖², the loss of both stages: x0 is the queried frames of the history in stage 1 and
+    the next section in stage 2 (paper, sections 3.1 and 3.2). Returns a mean per sample, (B,)."""
+    v = dit(add_noise(x0, noise, t), 1000 * t, text, frames, memory)
+    return (noise - x0 - v).square().flatten(1).mean(1)
+
+
+@torch.no_grad()
+def euler(dit, noise, text, frames, memory, steps, shift=1.0, guidance=1.0):
+    """Integrate dx = v dt from noise (t = 1) to data (t = 0) in `steps` Euler steps; with steps=1, shift is idle and the
+    result is the conditional mean. Classifier-free guidance drops the prompt alone: memory stays in both passes."""
+    t = torch.linspace(1, 0, steps + 1)
+    t = shift * t / (1 + (shift - 1) * t)
+    x = noise
+    for now, then in zip(t[:-1], t[1:]):
+        timestep = torch.full((len(x),), 1000 * float(now), device=x.device)
+        v = dit(x, timestep, text, frames, memory)
+        if guidance != 1:
+            without = dit(x, timestep, torch.zeros_like(text), frames, memory)
+            v = without + guidance * (v - without)
+        x = x + float(then - now) * v
+    return x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+DIFFUSERS_NAMES = [     # (diffusers, Wan); norm1 and the other one of norm2 and norm3 have no parameters
+    (".norm2.", ".norm3."), (".attn1.", ".self_attn."), (".attn2.", ".cross_attn."), (".to_q.", ".q."), (".to_k.", ".k."),
+    (".to_v.", ".v."), (".to_out.0.", ".o."), (".ffn.net.0.proj.", ".ffn.0."), (".ffn.net.2.", ".ffn.2."),
+    (".scale_shift_table", ".modulation"), ("condition_embedder.time_embedder.linear_1.", "time_embedding.0."),
+    ("condition_embedder.time_embedder.linear_2.", "time_embedding.2."),
+    ("condition_embedder.text_embedder.linear_1.", "text_embedding.0."),
+    ("condition_embedder.text_embedder.linear_2.", "text_embedding.2."),
+    ("condition_embedder.time_proj.", "time_projection.1."), ("proj_out.", "head.head."),
+]
+
+
+def wan_name(name):
+    """The official name of a DiT parameter that may be named as diffusers or a training wrapper names it."""
+    name = name.removeprefix("model.").removeprefix("diffusion_model.").removeprefix("dit.")
+    if name == "scale_shift_table":
+        return "head.modulation"
+    for theirs, ours in DIFFUSERS_NAMES:
+        name = name.replace(theirs, ours)
+    return name
+
+
+def weight_files(path):
+    """The safetensors files of a checkpoint: a file, or a folder with one file or with shards and an index."""
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"no weights at {path}: give a .safetensors file or a folder that holds one")
+    for index in sorted(path.glob("*.safetensors.index.json")):
+        files = sorted({path / f for f in json.loads(index.read_text())["weight_map"].values()})
+        missing = [f.name for f in files if not f.is_file()]
+        if missing:
+            raise UserError(f"{index} lists {', '.join(missing)}, not found in {path}: download the missing file")
+        return files
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        raise UserError(f"{path} holds {len(files)} .safetensors files and no index: name the one to load")
+    return files
+
+
+def open_safetensors(path):
+    """Open a safetensors file for reading. Anything else (a pickle, a file cut short) is refused; no code can run."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise UserError(f"no file {path}: expected safetensors weights") from None
+    except (SafetensorError, OSError, ValueError) as e:
+        raise UserError(f"{path} is not a readable safetensors file ({e}): download or train it again") from None
+
+
+def read_metadata(path):
+    """The JSON config that a checkpoint of this project carries in its header."""
+    with open_safetensors(path) as f:
+        text = (f.metadata() or {}).get("config")
+    if text is None:
+        raise UserError(f"{path} was not written by pretrain.py or finetune.py (no config in it): give a model.safetensors of theirs")
+    return json.loads(text)
+
+
+def load_weights(module, files, rename=lambda name: name):
+    """Read every tensor of `module` from safetensors files, strictly: a missing, extra, wrong-shaped or non-finite one
+    is named. Nothing is changed unless everything fits. rename(name in file) gives the name here, or None to skip it."""
+    wanted = module.state_dict()
+    found = {}
+    for path in files:
+        with open_safetensors(path) as f:
+            for name in f.keys():
+                ours = rename(name)
+                if ours is None:
+                    continue
+                if ours not in wanted:
+                    raise UserError(f"{path}: unexpected tensor {name}; is this a checkpoint of another model or method?")
+                shape = tuple(f.get_slice(name).get_shape())
+                if shape != tuple(wanted[ours].shape):
+                    raise UserError(f"{path}: {name} has shape {shape}, expected {tuple(wanted[ours].shape)}; "
+                                    "is this a checkpoint of another size or rate?")
+                found[ours] = f.get_tensor(name)
+                if not found[ours].isfinite().all():
+                    raise UserError(f"{path}: {name} holds values that are not finite; the file is damaged, use another")
+    missing = [name for name in wanted if name not in found]
+    if missing:
+        raise UserError(f"{files[0]}: no tensor {missing[0]} ({len(missing)} of {len(wanted)} missing); "
+                        "is this a checkpoint of another model or method?")
+    with torch.no_grad():
+        for name, value in wanted.items():
+            value.copy_(found[name])

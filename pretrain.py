@@ -1,0 +1,451 @@
+"""Stage 1: pretrain the memory encoder φ by frame retrieval. And the one training loop that both stages use.
+
+The DiT must denoise randomly chosen frames of a 20 s history given only φ (paper, section 3.1, equation 1):
+
+    ‖(ε - H_Ω) - G_θ((H_Ω)_t, t, c, φ)‖²        Ω: the chosen frames; c: a prompt, dropped in half of the samples
+
+    python pretrain.py                            one process, with a GPU or without
+    torchrun --nproc_per_node=8 pretrain.py       the same global batch on eight
+"""
+import contextlib
+import hashlib
+import json
+import math
+import os
+import signal
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import contact_strip, make_codec, make_prompts, open_dataset, parse_flags, psnr, run_main, to_frames
+from encoder import MemoryDiT
+from model import PRESETS, Preset, UserError, add_noise, euler, load_weights, read_metadata, sample_t, wan_name, weight_files
+
+
+@dataclass
+class Config:
+    """What both stages share."""
+    preset: str = "nano"          # model and data sizes: nano, small
+    method: str = "proposed"      # proposed, only-lr, without-lr, none
+    rate: str = "4x4x2"           # compression on the DiT's token grid, rows x columns x frames
+    data: str = "world"           # "world" (the paper-doll world) or a folder of videos with captions beside them
+    out: str = "runs/pretrain"    # run folder: model.safetensors, state.pt, log.jsonl, previews
+    init: str = "checkpoints/nano-base.safetensors"    # base DiT: a file or folder of weights, or "random"
+    text_drop: float = 0.5        # share of samples without a prompt
+    t_mean: float = 1.3           # mean of the logit-normal noise levels that the DiT trains on
+    steps: int = 2000             # optimizer steps
+    batch: int = 8                # clips a step, over all processes
+    micro_batch: int = 8          # clips a forward pass on one process; gradients are accumulated up to the batch
+    lr: float = 0.02              # peak learning rate of the matrices (Muon); all else has a tenth of it (AdamW)
+    warmup: int = 50              # steps of linear warm-up; then a cosine down to zero
+    clip_grad: float = 1.0        # largest norm of the gradient
+    ema: float = 0.995            # decay of the weight average that is saved and sampled from
+    seed: int = 0                 # of weights, data order and noise
+    clips: int = 3072             # stories of the paper-doll world to train on
+    held_out: int = 16            # clips for the figures in the log
+    sample_steps: int = 10        # Euler steps of the sampler in the log
+    save_every: int = 250         # steps between checkpoints, figures and previews
+    compile: bool = False         # torch.compile the DiT's blocks
+    device: str = "auto"          # auto, cpu, cuda, mps
+    resume: bool = False          # go on in --out
+    cache: str = "cache"          # folder for encoded clips
+
+
+@dataclass
+class PretrainConfig(Config):
+    mask: str = "none"            # frames outside Ω that φ sees: "noise" (the paper's later version) or "none" (clean)
+    queries: int = 4              # frames in Ω, retrieved together
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What to denoise
+
+
+@dataclass
+class Batch:
+    """A clip a row: denoise `target`, which belongs at `frames`, given φ(hr, lr)."""
+    hr: torch.Tensor        # (B, C, F, H, W) history as φ sees it
+    lr: torch.Tensor        # the same, downsampled (its whole segments only)
+    target: torch.Tensor    # (B, C, F', H, W) clean
+    frames: torch.Tensor    # (B, F') times in latent frames, 0 at the start of the history
+    noise: torch.Tensor     # like target
+    t: torch.Tensor         # (B,) noise levels
+    text: torch.Tensor      # (B, L, text_dim)
+    truth: object = None    # (B, F', height, width, 3) original pixels, uint8, of held-out clips
+
+    def to(self, device):
+        return Batch(**{k: v if v is None else v.to(device, non_blocking=True) for k, v in vars(self).items()})
+
+    def with_memory_of_another(self):
+        """The same questions to the memory of the next clip."""
+        return Batch(**{**vars(self), "hr": self.hr.roll(1, 0), "lr": self.lr.roll(1, 0)})
+
+
+def generator(*key):
+    """A random generator for this key alone, e.g. (seed, step, row): the same for any number of processes, and after a
+    resume, with no state to carry."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+@dataclass
+class Tools:
+    """What a stage needs to turn clips into batches."""
+    preset: Preset
+    codec: object
+    prompts: object             # text -> (L, text_dim)
+    encoder: object             # φ, or None for --method none
+
+
+def whole(tools, n_frames):
+    """How many of n_frames latents are whole segments (one at least)."""
+    n = n_frames // tools.preset.section * tools.preset.section
+    return n + (n_frames > n and tools.codec.causal)
+
+
+def downsample(tools, hr):
+    """The low-resolution history of whole segments of hr (B, C, F, H, W)."""
+    if tools.encoder is None:
+        return hr[:, :, :0]
+    return tools.codec.downsample(hr[:, :, :tools.encoder.whole(hr.shape[2])], tools.encoder.rate)
+
+
+def draw_retrieval(config, tools, clips, rows, step):
+    """Stage 1: choose Ω in a history of each clip; the target is H_Ω. rows: the place of each clip in the global batch."""
+    history = min(tools.preset.history, *(whole(tools, clip.frames) for clip in clips))
+    parts = []
+    for clip, row in zip(clips, rows):
+        g = generator(config.seed, step, row)
+        first = int(torch.randint(clip.frames - history + 1, (), generator=g))
+        hr = clip.latents[None, :, first:first + history].float()               # (1, C, F, H, W)
+        omega = torch.randperm(history, generator=g)[:config.queries].sort().values
+        lr, target = downsample(tools, hr), hr[:, :, omega]
+        if config.mask == "noise":
+            hr, lr = mask_history(hr, lr, omega, g)
+        asked = omega[torch.randint(len(omega), (), generator=g)]
+        prompt = clip.prompt(first + int(asked)) if torch.rand((), generator=g) >= config.text_drop else ""
+        parts.append(Batch(hr, lr, target, omega[None].float(), torch.randn(target.shape, generator=g),
+                           sample_t(1, config.t_mean, g), tools.prompts(prompt)[None], clip.truth(first + omega)))
+    return collate(parts)
+
+
+def mask_history(hr, lr, omega, g):
+    """mask(H, Ω): frames in Ω stay clean, all others get noise of one level, sigmoid(N(0.2, 1)); lr gets its own noise,
+    and is clean where any of its frames is in Ω (paper, section 3.1)."""
+    level = sample_t(1, 0.2, g)
+    clean = torch.zeros(hr.shape[2], dtype=torch.bool)
+    clean[omega] = True
+    clean_lr = clean.view(lr.shape[2], -1).any(1)
+    keep = lambda x, c: torch.where(c[:, None, None], x, add_noise(x, torch.randn(x.shape, generator=g), level))
+    return keep(hr, clean), keep(lr, clean_lr)
+
+
+def collate(parts):
+    joined = {k: [getattr(p, k) for p in parts] for k in vars(parts[0])}
+    return Batch(**{k: None if v[0] is None else torch.cat(v) for k, v in joined.items()})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizers
+
+
+def orthogonalize(g, steps=5):
+    """Newton-Schulz iteration towards U V^T of g = U S V^T, for a stack of matrices (K, rows, columns), in bf16."""
+    x = g.bfloat16()
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return (x.mT if tall else x).to(g.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, then an orthogonal update, for weights that are matrices (convolutions: output x everything else). As
+    torch.optim.Muon, but matrices of one shape share their products, and convolutions are taken too."""
+
+    def __init__(self, params, lr, momentum=0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault((len(p), p[0].numel()), []).append(p)
+            for (rows, columns), params in by_shape.items():
+                grads = torch.stack([p.grad.flatten(1) for p in params])
+                for p in params:
+                    if not self.state[p]:
+                        self.state[p]["momentum"] = torch.zeros_like(p)
+                momenta = torch.stack([self.state[p]["momentum"].flatten(1) for p in params])
+                momenta.lerp_(grads, 1 - group["momentum"])
+                updates = orthogonalize(grads.lerp_(momenta, group["momentum"]))    # Nesterov
+                for p, m, u in zip(params, momenta, updates):
+                    self.state[p]["momentum"].copy_(m.view_as(p))
+                    p.add_(u.view_as(p), alpha=-group["lr"] * max(1, rows / columns)**0.5)
+
+
+def make_optimizers(model, lr):
+    """Muon for the hidden matrices; AdamW for norms, biases, modulation, and the layers at the ends."""
+    matrix = lambda name, p: p.ndim in (2, 5) and "patch_embedding" not in name and "head" not in name
+    params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [Muon([p for n, p in params if matrix(n, p)], lr),
+            torch.optim.AdamW([p for n, p in params if not matrix(n, p)], 0.1 * lr, betas=(0.9, 0.99), weight_decay=0.0)]
+
+
+def learning_rate(step, config):
+    """As a share of the peak: linear warm-up, then cosine to zero."""
+    warm = min(1.0, (step + 1) / config.warmup)
+    return warm * 0.5 * (1 + math.cos(math.pi * max(0, step - config.warmup) / max(1, config.steps - config.warmup)))
+
+
+class EMA:
+    """The running average of the trained weights. `with ema.swapped():` lends them to the model."""
+
+    def __init__(self, model, decay):
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        self.shadow = [p.detach().clone() for p in self.params]
+        self.decay = decay
+
+    def update(self, step):
+        decay = min(self.decay, (1 + step) / (10 + step))       # young averages forget faster
+        torch._foreach_lerp_(self.shadow, [p.detach() for p in self.params], 1 - decay)
+
+    @contextlib.contextmanager
+    def swapped(self):
+        def swap():
+            for p, s in zip(self.params, self.shadow):
+                p.data, s.data = s.data, p.data
+        swap()
+        try:
+            yield
+        finally:
+            swap()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The training loop of both stages
+
+
+def start_processes(config):
+    """Join the other processes if torchrun started this one. Returns (rank, world size, device)."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this PyTorch sees no GPU; use --device cpu")
+    if "RANK" not in os.environ:
+        return 0, 1, torch.device(name)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+    device = torch.device(name, int(os.environ["LOCAL_RANK"])) if name == "cuda" else torch.device(name)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def autocast(device):
+    """bf16 for matrix products on GPU and CPU; weights, norms and the residual stream stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "mps")
+
+
+def load_base(dit, path):
+    """The base DiT's weights: official or diffusers naming, one file or shards, or a checkpoint of this project."""
+    if path == "random":
+        return
+    # of a checkpoint of ours take the DiT alone; Wan's own names have no such prefix
+    load_weights(dit, weight_files(path), lambda name: None if name.startswith("encoder.") else wan_name(name))
+
+
+def atomic_save(write, path):
+    """write(temporary path), flush, rename: `path` is always either the old file or the whole new one."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(config, stage, model, ema, optimizers, step):
+    """state.pt, all that --resume needs; and model.safetensors, the averaged weights that others read."""
+    out = Path(config.out)
+    state = {"step": step, "config": asdict(config), "model": model.state_dict(), "ema": ema.shadow,
+             "optimizers": [o.state_dict() for o in optimizers]}
+    atomic_save(lambda path: torch.save(state, path), out / "state.pt")
+    with ema.swapped():
+        tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
+        metadata = {"config": json.dumps({**asdict(config), "stage": stage, "step": step})}
+        atomic_save(lambda path: save_file(tensors, path, metadata), out / "model.safetensors")
+
+
+def resume(config, model, ema, optimizers):
+    """Load state.pt of --out; returns the step to go on from."""
+    path = Path(config.out) / "state.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"--resume: no {path}; start without --resume") from None
+    except Exception as e:
+        raise UserError(f"--resume: {path} cannot be read ({str(e).splitlines()[0]}); start without --resume") from None
+    free = ("out", "device", "compile", "resume", "cache", "save_every", "micro_batch", "held_out", "sample_steps")
+    for key, value in state["config"].items():
+        if key not in free and value != getattr(config, key):
+            raise UserError(f"--resume: {path} was made with --{key} {value}, not {getattr(config, key)}; give the same flags")
+    model.load_state_dict(state["model"])
+    torch._foreach_copy_(ema.shadow, state["ema"])
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
+    return state["step"]
+
+
+@torch.no_grad()
+def evaluate(config, tools, draw, model, clips, rank, world, device):
+    """Figures on held-out clips, the same at every call: the loss at fixed t; PSNR (dB, against the original pixels) of
+    one step from pure noise (the conditional mean) and of the full sampler; and of the sampler with the memory of
+    another clip, which must be clearly worse if the memory is read at all. Also (truth, result) frames of the first."""
+    mine = list(range(rank, len(clips), world))
+    batch = draw(config, tools, [clips[i] for i in mine], mine, 0).to(device)
+    truth = batch.truth
+    figures = {}
+    with autocast(device):
+        for t in (0.25, 0.5, 0.75, 0.95):
+            losses = model(batch.hr, batch.lr, batch.target, batch.frames, batch.noise, torch.full_like(batch.t, t), batch.text)
+            figures[f"loss_t{t}"] = losses.sum()
+        memory = model.encode(batch.hr, batch.lr)
+        other = batch.with_memory_of_another()
+        runs = {"psnr_one_step": (memory, 1), "psnr": (memory, config.sample_steps)}
+        if memory is not None:
+            runs["psnr_wrong_memory"] = (model.encode(other.hr, other.lr), config.sample_steps)
+        for name, (m, steps) in runs.items():
+            x = euler(model.dit, batch.noise, batch.text, batch.frames, m, steps)
+            frames = to_frames(tools.codec.decode(x.float()))
+            figures[name] = psnr(frames, truth).mean(1).sum()
+            if name == "psnr":
+                result = frames
+    figures = {k: v.double().cpu() for k, v in figures.items()}
+    totals = torch.stack([*figures.values(), torch.tensor(float(len(mine)), dtype=torch.float64)])
+    if world > 1:
+        totals = totals.to(device)
+        dist.all_reduce(totals)
+    totals = (totals[:-1] / totals[-1]).tolist()
+    return dict(zip(figures, totals)), (truth.cpu(), result.cpu())
+
+
+def preview(path, truth, result, n_clips=4):
+    """A PNG with three rows a clip: original frames, what the model made, their difference."""
+    rows = []
+    for a, b in zip(truth[:n_clips], result[:n_clips]):
+        difference = (a.int() - b.int()).abs().clamp(max=255).to(torch.uint8)
+        rows += [("original", a), ("model", b), ("difference", difference)]
+    contact_strip(rows, path)
+
+
+def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank, world, device):
+    """Train `model` on `clips`: draw(config, tools, clips, rows, step) says what to denoise. One loss, both stages."""
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    model.to(device)
+    ema = EMA(model, config.ema)
+    optimizers = make_optimizers(model, config.lr)
+    first = resume(config, model, ema, optimizers) if config.resume else 0
+    if config.compile:
+        for block in model.dit.blocks:
+            block.compile()                                         # in place: parameter names stay as they are
+    ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else model
+    mine = range(rank, config.batch, world)                         # rows of the global batch that are this process's
+    micros = [mine[i:i + config.micro_batch] for i in range(0, len(mine), config.micro_batch)]
+    log = (out / "log.jsonl").open("a") if rank == 0 else None
+    stopping = []                                                   # Ctrl-C and SIGTERM: finish the step, save, leave
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, lambda number, frame: stopping.append(number))
+
+    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc=stage, disable=rank > 0)
+    started = time.time()
+    for step in bar:
+        for optimizer, peak in zip(optimizers, (config.lr, 0.1 * config.lr)):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * learning_rate(step, config)
+        total = torch.zeros((), device=device)
+        order = clips.batch(step, config.batch, config.seed)
+        for i, rows in enumerate(micros):
+            batch = draw(config, tools, [clips[order[r]] for r in rows], rows, step).to(device)
+            last = i == len(micros) - 1
+            with autocast(device), ddp.no_sync() if world > 1 and not last else contextlib.nullcontext():
+                loss = ddp(batch.hr, batch.lr, batch.target, batch.frames, batch.noise, batch.t, batch.text).sum()
+                (loss * world / config.batch).backward()            # DDP averages over processes: undo it
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(ema.params, config.clip_grad)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        ema.update(step)
+        if world > 1:
+            dist.all_reduce(total)
+        record = {"step": step + 1, "loss": total.item() / config.batch, "grad_norm": norm.item()}
+        bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
+
+        done = step + 1 == config.steps or stopping
+        if done or (step + 1) % config.save_every == 0:
+            record["minutes"] = round((time.time() - started) / 60, 2)
+            with ema.swapped():
+                figures, pictures = evaluate(eval_config, tools, draw, model, held_out, rank, world, device)
+            record.update({k: round(v, 4) for k, v in figures.items()})
+            if rank == 0:
+                preview(out / f"preview_{step + 1:06d}.png", *pictures)
+                save(config, stage, model, ema, optimizers, step + 1)
+                tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in record.items()))
+        if log:
+            log.write(json.dumps(record) + "\n")
+            log.flush()
+        if stopping:
+            tqdm.write(f"stopped by a signal after step {step + 1}, saved in {out}; go on with --resume")
+            raise SystemExit(128 + stopping[0])
+    if rank == 0:
+        print(f"{stage} done: weights {out / 'model.safetensors'}, figures {out / 'log.jsonl'}, pictures {out}/preview_*.png")
+
+
+def check(config, allowed=("nano", "small")):
+    """Refuse what cannot work before anything is loaded."""
+    if config.preset not in PRESETS:
+        raise UserError(f"--preset {config.preset}: choose one of {', '.join(PRESETS)}")
+    for key in ("steps", "batch", "micro_batch", "save_every", "held_out", "sample_steps"):
+        if getattr(config, key) < 1:
+            raise UserError(f"--{key} {getattr(config, key)}: must be at least 1")
+
+
+def setup(config):
+    """All that both stages build first: processes, model with the base DiT in it, data."""
+    check(config)
+    rank, world, device = start_processes(config)
+    torch.manual_seed(config.seed)
+    model = MemoryDiT(config.preset, config.method, config.rate)
+    load_base(model.dit, config.init)
+    preset = PRESETS[config.preset]
+    tools = Tools(preset, make_codec(preset.codec), make_prompts(preset), model.encoder)
+    clips, held_out = open_dataset(config, tools.codec)
+    return model, clips, held_out, tools, rank, world, device
+
+
+def main():
+    config = parse_flags(PretrainConfig, __doc__)
+    if config.mask not in ("none", "noise"):
+        raise UserError(f"--mask {config.mask}: choose none or noise")
+    model, *rest = setup(config)
+    if model.encoder is not None:       # φ starts from the base DiT's patch embedding
+        model.encoder.patch_embedding.load_state_dict(model.dit.patch_embedding.state_dict())
+    # figures are for clean histories, without prompts: only memory can answer
+    train(config, "pretrain", draw_retrieval, replace(config, mask="none", text_drop=1.0), model, *rest)
+
+
+if __name__ == "__main__":
+    run_main(main)
