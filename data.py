@@ -9,7 +9,6 @@ import functools
 import hashlib
 import inspect
 import math
-import os
 import re
 import sys
 from dataclasses import dataclass, fields, is_dataclass
@@ -24,8 +23,7 @@ from tqdm import tqdm
 
 import world
 from model import PRESETS, UserError, pad_replicate
-import sys; sys.path.append('/work/draft')  # TEMP
-from video import prompt_at, contact_strip  # TEMP
+from video import find_videos, prompt_at, read_video, storyboard_beside, video_info, whole_file
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Codecs
@@ -211,11 +209,9 @@ def world_clips(split, count, preset, codec, cache, keep_pixels=False):
     source = Path(world.__file__).read_bytes() + repr((preset, codec.scale.tolist(), STORY_SECTIONS)).encode()
     path = Path(cache) / f"world-{split}-{count}-{hashlib.sha256(source).hexdigest()[:12]}.safetensors"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         latents = [encode_story(split, i, preset, codec) for i in tqdm(range(count), desc=f"drawing {split} stories")]
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        save_file({"latents": torch.stack(latents)}, part)
-        os.replace(part, path)
+        with whole_file(path) as part:
+            save_file({"latents": torch.stack(latents)}, part)
     latents = load_file(path)["latents"]                                        # (count, C, F, h, w)
     clips = []
     for i in range(count):
@@ -226,9 +222,61 @@ def world_clips(split, count, preset, codec, cache, keep_pixels=False):
     return Clips(clips)
 
 
+def nearest_size(preset, info):
+    """The bucket (height, width) whose shape is nearest to a video's."""
+    shape = math.log(info["height"] / info["width"])
+    return min(preset.sizes, key=lambda size: abs(math.log(size[0] / size[1]) - shape))
+
+
+def encode_video(path, preset, codec, cache):
+    """Latents (C, F, h, w) float16 of a whole video, cached under its content and all settings that matter."""
+    key = hashlib.sha256(repr((preset.fps, preset.sizes, preset.codec, codec.scale.tolist())).encode())
+    key.update(Path(path).read_bytes())
+    file = Path(cache) / "videos" / f"{key.hexdigest()[:24]}.safetensors"
+    if not file.exists():
+        frames = read_video(path, preset.fps, *nearest_size(preset, video_info(path)))
+        with whole_file(file) as part:
+            save_file({"latents": codec.encode(to_pixels(frames)[None])[0].half()}, part)
+    return load_file(file)["latents"]
+
+
+def video_clips(folder, preset, codec, cache):
+    """(clips to train on, held-out clips) of a folder of videos. One in ten, chosen by file name, is held out. Files that
+    cannot be used are counted and listed, never replaced by another; above 20 % of them it stops."""
+    paths = find_videos(folder)
+    clips, skipped = {}, []
+    for path in tqdm(paths, desc="encoding videos"):
+        try:
+            latents = encode_video(path, preset, codec, cache)
+            if latents.shape[1] < 2 * preset.section:
+                raise UserError(f"{path} is shorter than one segment and one section, "
+                                f"{2 * preset.section * codec.stride[0] / preset.fps:g} s")
+            prompts = storyboard_beside(path)
+        except UserError as e:
+            skipped.append(str(e))
+            continue
+        if prompts is None:
+            print(f"warning: no caption beside {path} (.txt or .json): trained without a prompt", file=sys.stderr)
+        board = [(round(seconds * preset.fps / codec.stride[0]), prompt) for seconds, prompt in prompts or []]
+        clips[path] = Clip(latents, board)
+    for message in skipped:
+        print(f"skipped: {message}", file=sys.stderr)
+    if len(skipped) > 0.2 * len(paths):
+        raise UserError(f"{len(skipped)} of {len(paths)} videos in {folder} cannot be used, above 20 %: the reasons are above")
+    order = sorted(clips, key=lambda path: hashlib.sha256(path.name.encode()).digest())
+    held_out, train = order[:max(1, len(order) // 10)], order[max(1, len(order) // 10):] or order
+    print(f"{len(train)} videos to train on, {len(held_out)} held out ({', '.join(p.name for p in held_out)}), "
+          f"{len(skipped)} skipped")
+    for path in held_out:
+        clips[path].pixels = read_video(path, preset.fps, *nearest_size(preset, video_info(path)))
+    return Clips([clips[p] for p in train]), Clips([clips[p] for p in held_out])
+
+
 def open_dataset(config, codec):
     """(clips to train on, held-out clips) of --data."""
     preset = PRESETS[config.preset]
+    if config.data != "world":
+        return video_clips(config.data, preset, codec, config.cache)
     return (world_clips("train", config.clips, preset, codec, config.cache),
             world_clips("held-out", config.held_out, preset, codec, config.cache, keep_pixels=True))
 

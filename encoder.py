@@ -17,7 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from model import PRESETS, Attention, DiT, UserError, flow_loss, pad_replicate, rope, token_positions
+from model import (PRESETS, Attention, DiT, UserError, flow_loss, load_weights, pad_replicate, read_metadata, rope,
+                   token_positions)
 
 METHODS = ("proposed", "only-lr", "without-lr", "none")
 
@@ -157,3 +158,64 @@ class MemoryDiT(nn.Module):
         """The loss of both stages, a mean per sample (B,): denoise `target` (B, C, F', H, W), which belongs at times
         `frames` (B, F') or (F',), given φ(hr)."""
         return flow_loss(self.dit, target, noise, t, text, frames, self.encode(hr, lr))
+
+
+class Memory:
+    """φ(H) of a growing history: append() encodes what is new and never what was encoded before.
+
+    most: keep at most this many of the newest whole segments (None: all). codec gives the low-resolution history.
+    """
+
+    def __init__(self, model, codec, most=None):
+        self.model, self.codec, self.most = model, codec, most
+        self.segments = []              # [(tokens (1, m, D), positions (m, 3))] of each whole segment that is kept
+        self.waiting = None             # latents of an unfinished segment, (1, C, F, H, W)
+        self.frames = 0                 # latent frames appended so far: the time of the next one
+
+    @torch.no_grad()
+    def append(self, latents):
+        """Add latents (1, C, F, H, W) to the end of the history."""
+        encoder = self.model.encoder
+        self.frames += latents.shape[2]
+        if encoder is None:
+            return
+        latents = latents if self.waiting is None else torch.cat([self.waiting, latents], dim=2)
+        start = self.frames - latents.shape[2]
+        while encoder.whole(latents.shape[2], start):       # one segment at a time bounds what the convolutions need
+            n = 1 if encoder.causal and start == 0 else encoder.segment
+            hr = latents[:, :, :n]
+            self.segments.append(encoder(hr, self.codec.downsample(hr, encoder.rate), start))
+            latents, start = latents[:, :, n:], start + n
+        self.waiting = latents
+        if self.most is not None:
+            self.segments = self.segments[-self.most:]
+
+    @torch.no_grad()
+    def context(self):
+        """What the DiT reads: (tokens (1, M, D), positions (M, 3)), or None for a model without memory."""
+        parts = list(self.segments)
+        if self.waiting is not None and self.waiting.shape[2]:
+            parts.append(self.model.encoder.embed_frames(self.waiting, self.frames - self.waiting.shape[2]))
+        if not parts:
+            return None
+        return torch.cat([p[0] for p in parts], dim=1), torch.cat([p[1] for p in parts])
+
+    @property
+    def uncompressed(self):
+        """How many tokens the remembered frames would be without compression."""
+        if self.waiting is None:
+            return 0
+        rows, columns = (-(-size // p) for size, p in zip(self.waiting.shape[3:], self.model.encoder.patch[1:]))
+        first = min((float(p[:, 0].min()) for _, p in self.segments), default=self.frames - self.waiting.shape[2])
+        return round(self.frames - math.floor(first)) * rows * columns
+
+
+def load_model(path):
+    """(MemoryDiT, config) of a checkpoint written by pretrain.py or finetune.py."""
+    config = read_metadata(path)
+    try:
+        model = MemoryDiT(config["preset"], config["method"], config["rate"])
+    except KeyError as e:
+        raise UserError(f"{path}: its config has no usable {e}; train it again") from None
+    load_weights(model, [path])
+    return model.eval(), config

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from data import parse_flags, run_main
-from encoder import parse_rate
 from model import UserError, load_weights, read_metadata, sample_t
 from pretrain import Batch, Config, collate, downsample, generator, setup, train
 

@@ -344,6 +344,27 @@ def euler(dit, noise, text, frames, memory, steps, shift=1.0, guidance=1.0):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Devices
+
+
+def pick_device(name):
+    """torch.device of auto, cpu, cuda or mps."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name not in available:
+        raise UserError(f"--device {name}: choose one of auto, {', '.join(available)}")
+    if not available[name]:
+        raise UserError(f"--device {name}: this PyTorch finds none here; use --device cpu")
+    return torch.device(name)
+
+
+def autocast(device):
+    """bf16 for matrix products on GPU and CPU; weights, norms and the residual stream stay float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "mps")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Weights
 
 DIFFUSERS_NAMES = [     # (diffusers, Wan); norm1 and the other one of norm2 and norm3 have no parameters

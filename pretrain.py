@@ -23,9 +23,11 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import contact_strip, make_codec, make_prompts, open_dataset, parse_flags, psnr, run_main, to_frames
+from data import make_codec, make_prompts, open_dataset, parse_flags, psnr, run_main, to_frames
 from encoder import MemoryDiT
-from model import PRESETS, Preset, UserError, add_noise, euler, load_weights, read_metadata, sample_t, wan_name, weight_files
+from model import (PRESETS, Preset, UserError, add_noise, autocast, euler, load_weights, pick_device, sample_t, wan_name,
+                   weight_files)
+from video import contact_strip, whole_file
 
 
 @dataclass
@@ -196,7 +198,8 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model, lr):
     """Muon for the hidden matrices; AdamW for norms, biases, modulation, and the layers at the ends."""
-    matrix = lambda name, p: p.ndim in (2, 5) and "patch_embedding" not in name and "head" not in name
+    EXP = os.environ.get("EXP", "")
+    matrix = lambda name, p: p.ndim in (2, 5) and ("p" in EXP or "patch_embedding" not in name) and ("h" in EXP or "head" not in name)
     params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [Muon([p for n, p in params if matrix(n, p)], lr),
             torch.optim.AdamW([p for n, p in params if not matrix(n, p)], 0.1 * lr, betas=(0.9, 0.99), weight_decay=0.0)]
@@ -238,22 +241,14 @@ class EMA:
 
 def start_processes(config):
     """Join the other processes if torchrun started this one. Returns (rank, world size, device)."""
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this PyTorch sees no GPU; use --device cpu")
+    device = pick_device(config.device)
     if "RANK" not in os.environ:
-        return 0, 1, torch.device(name)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
-    device = torch.device(name, int(os.environ["LOCAL_RANK"])) if name == "cuda" else torch.device(name)
+        return 0, 1, device
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
     return dist.get_rank(), dist.get_world_size(), device
-
-
-def autocast(device):
-    """bf16 for matrix products on GPU and CPU; weights, norms and the residual stream stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "mps")
 
 
 def load_base(dit, path):
@@ -264,28 +259,16 @@ def load_base(dit, path):
     load_weights(dit, weight_files(path), lambda name: None if name.startswith("encoder.") else wan_name(name))
 
 
-def atomic_save(write, path):
-    """write(temporary path), flush, rename: `path` is always either the old file or the whole new one."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save(config, stage, model, ema, optimizers, step):
     """state.pt, all that --resume needs; and model.safetensors, the averaged weights that others read."""
     out = Path(config.out)
     state = {"step": step, "config": asdict(config), "model": model.state_dict(), "ema": ema.shadow,
              "optimizers": [o.state_dict() for o in optimizers]}
-    atomic_save(lambda path: torch.save(state, path), out / "state.pt")
-    with ema.swapped():
-        tensors = {k: v.contiguous() for k, v in model.state_dict().items()}
-        metadata = {"config": json.dumps({**asdict(config), "stage": stage, "step": step})}
-        atomic_save(lambda path: save_file(tensors, path, metadata), out / "model.safetensors")
+    with whole_file(out / "state.pt") as path:
+        torch.save(state, path)
+    metadata = {"config": json.dumps({**asdict(config), "stage": stage, "step": step})}
+    with ema.swapped(), whole_file(out / "model.safetensors") as path:
+        save_file(model.state_dict(), path, metadata)
 
 
 def resume(config, model, ema, optimizers):

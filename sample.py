@@ -1,0 +1,145 @@
+"""Continue a clip: read it into memory, then generate section after section, appending each to the history and to φ.
+
+    python sample.py --history clip.mp4
+    python sample.py --history clip.mp4 --prompt "0s: beach wide tall person at left / 2s: city close nobody with ball at right"
+
+Without --prompt, the storyboard beside the clip is used (clip.txt or clip.json; its times count from the clip's start).
+Writes the history and what continues it to --save_file, and a strip of pictures beside it.
+"""
+import math
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import make_codec, make_prompts, nearest_size, parse_flags, run_main, to_frames, to_pixels
+from encoder import Memory, MemoryDiT, load_model
+from model import PRESETS, UserError, autocast, euler, pick_device
+from video import VideoWriter, contact_strip, parse_storyboard, prompt_at, read_video, storyboard_beside, video_info
+
+
+@dataclass
+class SampleConfig:
+    history: str = ""             # the clip to continue
+    checkpoint: str = "checkpoints/nano.safetensors"   # weights from finetune.py
+    prompt: str = None            # a text, "0s: ... / 4s: ...", or a .txt or .json file; 0 s is where the clip ends
+    seconds: float = 6.0          # length of what is generated, rounded up to whole sections
+    steps: int = 20               # Euler steps a section
+    guidance: float = 1.5         # classifier-free guidance: 1 is none
+    shift: float = 1.0            # timestep shift: above 1, more steps at high noise
+    seed: int = 0                 # of the noise
+    save_file: str = ""           # the video to write [out/NAME.mp4]
+    memory_seconds: float = 20.0  # how much history is kept in memory; 0: all
+    device: str = "auto"          # auto, cpu, cuda, mps
+    init: str = ""                # "random": random weights of --preset, to measure speed and memory
+    preset: str = "nano"          # with --init random
+
+
+def storyboard_of(config, clip_seconds):
+    """[(seconds, prompt)], 0 s being the end of the clip."""
+    if config.prompt is not None:
+        return parse_storyboard(config.prompt)
+    beside = storyboard_beside(config.history) or []
+    return [(start - clip_seconds, prompt) for start, prompt in beside]
+
+
+@torch.no_grad()
+def continue_video(model, codec, prompts, memory, storyboard, sections, config, size):
+    """Generate section after section and append each to `memory`. Yields (latents (1, C, F, h, w), seconds it took)."""
+    preset, device = PRESETS[model.preset], next(model.parameters()).device
+    g = torch.Generator().manual_seed(config.seed)
+    shape = (1, codec.channels, preset.section, size[0] // codec.stride[1], size[1] // codec.stride[2])
+    for k in range(sections):
+        started = time.perf_counter()
+        text = prompts(prompt_at(storyboard, k * preset.section * codec.stride[0] / preset.fps))[None].to(device)
+        frames = memory.frames + torch.arange(preset.section, device=device)
+        noise = torch.randn(shape, generator=g).to(device)
+        with autocast(device):
+            x = euler(model.dit, noise, text, frames, memory.context(), config.steps, config.shift, config.guidance).float()
+            memory.append(x)
+        yield x, time.perf_counter() - started
+
+
+def peak_memory(device):
+    """Peak memory of this process so far, GiB: of the GPU if there is one, else of the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+
+def check(config):
+    if not config.history:
+        raise UserError("--history is missing: give the clip to continue, for example --history assets/clip.mp4")
+    if not 0 < config.seconds < math.inf:
+        raise UserError(f"--seconds {config.seconds}: give a number above 0")
+    if config.steps < 1 or not 0 <= config.guidance < math.inf or not 0 < config.shift < math.inf:
+        raise UserError(f"--steps {config.steps} --guidance {config.guidance} --shift {config.shift}: expected steps of at "
+                        "least 1, guidance of at least 0, shift above 0")
+    if not 0 <= config.memory_seconds < math.inf:
+        raise UserError(f"--memory_seconds {config.memory_seconds}: give seconds of history to keep, or 0 for all")
+
+
+def main():
+    config = parse_flags(SampleConfig, __doc__, aliases={
+        "steps": ["--sample_steps"], "shift": ["--sample_shift"], "guidance": ["--sample_guide_scale"], "seed": ["--base_seed"]})
+    check(config)
+    if config.init == "random":
+        model = MemoryDiT(config.preset).eval()
+    else:
+        model, trained = load_model(config.checkpoint)
+        if trained["stage"] != "finetune":
+            raise UserError(f"{config.checkpoint} is of stage {trained['stage']}: continuing a clip needs one of finetune.py")
+    preset = PRESETS[model.preset]
+    codec, prompts = make_codec(preset.codec), make_prompts(preset)
+    info = video_info(config.history)
+    size = nearest_size(preset, info)
+    history = read_video(config.history, preset.fps, *size)                     # (F, H, W, 3) uint8
+    storyboard = storyboard_of(config, len(history) / preset.fps)
+    save_file = Path(config.save_file or f"out/{Path(config.history).stem}.mp4")
+    if save_file.resolve() == Path(config.history).resolve():
+        raise UserError(f"--save_file {save_file} is the history itself: give another name")
+
+    device = pick_device(config.device)
+    model.to(device)
+    seconds_a_section = preset.section * codec.stride[0] / preset.fps
+    most = math.ceil(config.memory_seconds / seconds_a_section) if config.memory_seconds else None
+    memory = Memory(model, codec, most)
+    kept = history if most is None else history[-most * preset.section * codec.stride[0]:]
+    with autocast(device):
+        memory.append(codec.encode(to_pixels(kept)[None].to(device)))
+    context = memory.context()
+    tokens = 0 if context is None else context[0].shape[1]
+    print(f"history: {len(history) / preset.fps:g} s, {len(history)} frames; memory: {tokens} tokens for "
+          f"{len(kept) / preset.fps:g} s (uncompressed: {memory.uncompressed})")
+
+    sections = math.ceil(config.seconds / seconds_a_section - 1e-6)
+    made, times = [], []
+    with VideoWriter(save_file, preset.fps, *size) as writer:
+        writer.write(history)
+        bar = tqdm(continue_video(model, codec, prompts, memory, storyboard, sections, config, size), total=sections,
+                   desc="sections")
+        for latents, seconds in bar:
+            made.append(to_frames(codec.decode(latents))[0].cpu())              # (F, H, W, 3)
+            writer.write(made[-1])
+            times.append(seconds)
+    strip = save_file.with_suffix(".png")
+    draw_strip(strip, history, torch.cat(made), preset, codec)
+    print(f"{sum(times) / len(times):.2f} s a section of {seconds_a_section:g} s; peak memory {peak_memory(device):.2f} GiB")
+    print(f"wrote {save_file} and {strip}")
+
+
+def draw_strip(path, history, made, preset, codec, columns=10):
+    """History above, new sections below: a frame a section, the newest `columns` of the history."""
+    step = preset.section * codec.stride[0]
+    old = history[range(len(history) - 1, -1, -step)[:columns]].flip(0)
+    rows = [("history", old)]
+    rows += [("continued" if i == 0 else "", made[i::1][:columns]) for i in range(0, len(made), columns)]
+    contact_strip(rows, path)
+
+
+if __name__ == "__main__":
+    run_main(main)
