@@ -22,6 +22,7 @@ class FinetuneConfig(Config):
     out: str = "runs/finetune"    # run folder: model.safetensors, state.pt, log.jsonl, previews
     encoder: str = "runs/pretrain"     # the stage-1 run whose φ is taken; "none" starts a fresh one (Without Pretrain)
     freeze_encoder: bool = False  # keep φ as it is (the paper's ablation)
+    steps: int = 1400             # optimizer steps
     text_drop: float = 0.1        # share of samples without a prompt, for classifier-free guidance
 
 

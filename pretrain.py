@@ -41,10 +41,10 @@ class Config:
     init: str = "checkpoints/nano-base.safetensors"    # base DiT: a file or folder of weights, or "random"
     text_drop: float = 0.5        # share of samples without a prompt
     t_mean: float = 1.3           # mean of the logit-normal noise levels that the DiT trains on
-    steps: int = 2000             # optimizer steps
+    steps: int = 1800             # optimizer steps
     batch: int = 8                # clips a step, over all processes
     micro_batch: int = 8          # clips a forward pass on one process; gradients are accumulated up to the batch
-    lr: float = 0.02              # peak learning rate of the matrices (Muon); all else has a tenth of it (AdamW)
+    lr: float = 0.04              # peak learning rate of the matrices (Muon); all else has a tenth of it (AdamW)
     warmup: int = 50              # steps of linear warm-up; then a cosine down to zero
     clip_grad: float = 1.0        # largest norm of the gradient
     ema: float = 0.995            # decay of the weight average that is saved and sampled from
@@ -197,12 +197,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, lr):
-    """Muon for the hidden matrices; AdamW for norms, biases, modulation, and the layers at the ends."""
-    EXP = os.environ.get("EXP", "")
-    matrix = lambda name, p: p.ndim in (2, 5) and ("p" in EXP or "patch_embedding" not in name) and ("h" in EXP or "head" not in name)
-    params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return [Muon([p for n, p in params if matrix(n, p)], lr),
-            torch.optim.AdamW([p for n, p in params if not matrix(n, p)], 0.1 * lr, betas=(0.9, 0.99), weight_decay=0.0)]
+    """Muon for all matrices and convolutions; AdamW for norms, biases and modulation, at a tenth of the rate."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    return [Muon([p for p in params if p.ndim in (2, 5)], lr),
+            torch.optim.AdamW([p for p in params if p.ndim not in (2, 5)], 0.1 * lr, betas=(0.9, 0.99), weight_decay=0.0)]
 
 
 def learning_rate(step, config):
@@ -280,7 +278,7 @@ def resume(config, model, ema, optimizers):
         raise UserError(f"--resume: no {path}; start without --resume") from None
     except Exception as e:
         raise UserError(f"--resume: {path} cannot be read ({str(e).splitlines()[0]}); start without --resume") from None
-    free = ("out", "device", "compile", "resume", "cache", "save_every", "micro_batch", "held_out", "sample_steps")
+    free = ("steps", "out", "device", "compile", "resume", "cache", "save_every", "micro_batch", "held_out", "sample_steps")
     for key, value in state["config"].items():
         if key not in free and value != getattr(config, key):
             raise UserError(f"--resume: {path} was made with --{key} {value}, not {getattr(config, key)}; give the same flags")
