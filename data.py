@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import world
 from model import PRESETS, UserError, pad_replicate
-from video import find_videos, prompt_at, read_video, storyboard_beside, video_info, whole_file
+from video import VideoWriter, find_videos, prompt_at, read_video, storyboard_beside, video_info, whole_file
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Codecs
@@ -329,3 +329,39 @@ def run_main(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python data.py story: clips to try
+
+
+@dataclass
+class StoryConfig:
+    index: int = 0                # which held-out story
+    preset: str = "nano"          # its size and frame rate
+    out: str = "out/story.mp4"    # the video; its storyboard goes beside it, 3 sections longer than the video
+    truth: bool = False           # write those 3 sections too: the one right continuation
+
+
+def write_story(argv):
+    """Write a held-out story of the paper-doll world as a video, with its storyboard beside it."""
+    config = parse_flags(StoryConfig, write_story.__doc__, argv)
+    preset = PRESETS[config.preset]
+    story, frames = story_pixels("held-out", config.index, preset)
+    shown = len(frames) if config.truth else preset.history
+    with VideoWriter(config.out, preset.fps, *preset.sizes[0]) as writer:
+        writer.write(frames[:shown])
+    lines = [f"{k * preset.section / preset.fps:g}s: {world.caption(story, k)}\n" for k in range(STORY_SECTIONS)]
+    storyboard = Path(config.out).with_suffix(".txt")
+    storyboard.write_text("".join(lines))
+    print(f"wrote {config.out} and {storyboard}")
+
+
+def main():
+    if sys.argv[1:2] != ["story"]:
+        raise UserError("python data.py needs a command: story (writes a held-out story to try; --help for its flags)")
+    write_story(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    run_main(main)

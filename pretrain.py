@@ -289,37 +289,44 @@ def resume(config, model, ema, optimizers):
     return state["step"]
 
 
+LOSS_TIMES = (0.25, 0.5, 0.75, 0.95)
+FIGURES = (*(f"loss_t{t}" for t in LOSS_TIMES), "psnr_one_step", "psnr", "psnr_wrong_memory")
+
+
 @torch.no_grad()
-def evaluate(config, tools, draw, model, clips, rank, world, device):
-    """Figures on held-out clips, the same at every call: the loss at fixed t; PSNR (dB, against the original pixels) of
-    one step from pure noise (the conditional mean) and of the full sampler; and of the sampler with the memory of
-    another clip, which must be clearly worse if the memory is read at all. Also (truth, result) frames of the first."""
-    mine = list(range(rank, len(clips), world))
-    batch = draw(config, tools, [clips[i] for i in mine], mine, 0).to(device)
-    truth = batch.truth
-    figures = {}
+def evaluate(config, tools, draw, model, clips, rows, device):
+    """Sums of FIGURES over some held-out clips of one size, the same at every call: the loss at fixed t; PSNR (dB, against
+    the original pixels) of one step from pure noise (the conditional mean) and of the full sampler; and of the sampler
+    with the memory of another clip, which must be clearly worse if the memory is read at all. And (truth, result) frames."""
+    batch = draw(config, tools, clips, rows, 0).to(device)
+    other = batch.with_memory_of_another()
     with autocast(device):
-        for t in (0.25, 0.5, 0.75, 0.95):
-            losses = model(batch.hr, batch.lr, batch.target, batch.frames, batch.noise, torch.full_like(batch.t, t), batch.text)
-            figures[f"loss_t{t}"] = losses.sum()
-        memory = model.encode(batch.hr, batch.lr)
-        other = batch.with_memory_of_another()
-        runs = {"psnr_one_step": (memory, 1), "psnr": (memory, config.sample_steps)}
-        if memory is not None:
-            runs["psnr_wrong_memory"] = (model.encode(other.hr, other.lr), config.sample_steps)
-        for name, (m, steps) in runs.items():
-            x = euler(model.dit, batch.noise, batch.text, batch.frames, m, steps)
-            frames = to_frames(tools.codec.decode(x.float()))
-            figures[name] = psnr(frames, truth).mean(1).sum()
-            if name == "psnr":
-                result = frames
-    figures = {k: v.double().cpu() for k, v in figures.items()}
-    totals = torch.stack([*figures.values(), torch.tensor(float(len(mine)), dtype=torch.float64)])
+        sums = [model(batch.hr, batch.lr, batch.target, batch.frames, batch.noise, torch.full_like(batch.t, t), batch.text).sum()
+                for t in LOSS_TIMES]
+        memory, wrong = model.encode(batch.hr, batch.lr), model.encode(other.hr, other.lr)
+        made = [euler(model.dit, batch.noise, batch.text, batch.frames, m, steps).float()
+                for m, steps in ((memory, 1), (memory, config.sample_steps), (wrong, config.sample_steps))]
+    made = [to_frames(tools.codec.decode(x)) for x in made]
+    sums += [psnr(frames, batch.truth).mean(1).sum() for frames in made]
+    return torch.stack(sums).double(), (batch.truth.cpu(), made[1].cpu())
+
+
+def evaluate_all(config, tools, draw, model, clips, rank, world, device):
+    """Means of FIGURES over all held-out clips, which the processes share; and pictures of this process's first ones."""
+    sums, pictures = torch.zeros(len(FIGURES) + 1, dtype=torch.float64), None
+    for members in clips.sizes.values():                            # a batch is of one size
+        rows = members[rank::world]
+        if rows:
+            figures, made = evaluate(config, tools, draw, model, [clips[i] for i in rows], rows, device)
+            sums += torch.cat([figures.cpu(), torch.tensor([float(len(rows))])])
+            pictures = pictures or made
     if world > 1:
-        totals = totals.to(device)
-        dist.all_reduce(totals)
-    totals = (totals[:-1] / totals[-1]).tolist()
-    return dict(zip(figures, totals)), (truth.cpu(), result.cpu())
+        sums = sums.to(device)
+        dist.all_reduce(sums)
+    figures = dict(zip(FIGURES, (sums[:-1] / sums[-1]).tolist()))
+    if model.encoder is None:
+        del figures["psnr_wrong_memory"]
+    return figures, pictures
 
 
 def preview(path, truth, result, n_clips=4):
@@ -379,7 +386,7 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
         if done or (step + 1) % config.save_every == 0:
             record["minutes"] = round((time.time() - started) / 60, 2)
             with ema.swapped():
-                figures, pictures = evaluate(eval_config, tools, draw, model, held_out, rank, world, device)
+                figures, pictures = evaluate_all(eval_config, tools, draw, model, held_out, rank, world, device)
             record.update({k: round(v, 4) for k, v in figures.items()})
             if rank == 0:
                 preview(out / f"preview_{step + 1:06d}.png", *pictures)

@@ -1,0 +1,1481 @@
+"""All tests: python -m pytest -q test_shapes.py
+
+Data is tiny, seeded and made here. What needs the official Wan fixtures (../shared/fixtures) or the shipped weights
+(checkpoints/) is skipped where they are not.
+"""
+import dataclasses
+import itertools
+import json
+import math
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import data
+import encoder
+import eval as evaluation
+import finetune
+import model
+import pretrain
+import sample
+import world as W
+from data import Clip, Clips, DCTCodec, HashPrompts, to_frames, to_pixels, world_clips
+from encoder import Memory, MemoryDiT, MemoryEncoder
+from model import (PRESETS, DiT, DiTConfig, PatchEmbedding, Preset, UserError, add_noise, attend, euler, load_weights,
+                   pad_replicate, token_positions, wan_name, weight_files)
+from pretrain import Tools, draw_retrieval
+from video import (VideoWriter, contact_strip, find_videos, parse_storyboard, prompt_at, read_video, storyboard_beside,
+                   video_info)
+
+torch.set_num_threads(1)            # everything here is so small that threads only wait for each other
+HERE = Path(__file__).resolve().parent
+FIXTURES = HERE.parent / "shared" / "fixtures"
+TINY = Preset(DiTConfig(dim=48, ffn_dim=64, heads=2, layers=1, text_dim=16, text_len=24), "dct", ((32, 32),), fps=2,
+              section=4, history=40, widths=(8, 8, 16, 16))
+PRESETS["tiny"] = TINY
+PRESETS["tiny-wan"] = dataclasses.replace(TINY, codec="wan", history=9)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(tmp_path, monkeypatch):
+    """Files go to tmp_path; train() takes over the signals of the process."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for s, handler in handlers.items():
+        signal.signal(s, handler)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def randomize(module, seed=0):
+    """Random weights everywhere: a weight that starts at zero or one must not hide a mistake."""
+    g = torch.Generator().manual_seed(seed)
+    for name, p in module.named_parameters():
+        scale = 0.1 if p.ndim == 1 else p[0].numel()**-0.5
+        p.data = (p.ndim == 1 and name.endswith("weight")) + scale * torch.randn(p.shape, generator=g)
+    return module.eval()
+
+
+def run(main, *flags):
+    """A script's main with these flags, in this process."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(sys, "argv", ["script", *map(str, flags)])
+        data.run_main(main)
+
+
+def tiny_tools(method="proposed", rate="4x4x2"):
+    encoder = MemoryDiT("tiny", method, rate).encoder
+    return Tools(TINY, DCTCodec(), HashPrompts(16, 24), encoder)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """A folder that holds the encoded stories of all tests."""
+    path = tmp_path_factory.mktemp("cache")
+    for split, count in ("train", 8), ("held-out", 2):
+        world_clips(split, count, TINY, DCTCodec(), path)
+    return path
+
+
+@pytest.fixture
+def clips(cache):
+    return world_clips("train", 8, TINY, DCTCodec(), cache).clips
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# model.py
+
+CONFIG = DiTConfig(dim=48, ffn_dim=80, heads=2, layers=2, in_dim=4, out_dim=4, text_dim=16, text_len=6, freq_dim=32)
+
+
+def plain_dit(w, c, x, t, text, frames, tokens, places):
+    """Wan's forward pass again, plainly: one sample, every token with its own timestep, RoPE in complex numbers."""
+    linear = lambda name, y: y @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+    silu = lambda y: y / (1 + torch.exp(-y))
+    gelu = lambda y: 0.5 * y * (1 + torch.tanh((2 / math.pi)**0.5 * (y + 0.044715 * y**3)))
+    norm = lambda y: (y - y.mean(-1, keepdim=True)) / (y.var(-1, correction=0, keepdim=True) + c.eps).sqrt()
+    rms = lambda name, y: y / (y.square().mean(-1, keepdim=True) + c.eps).sqrt() * w[f"{name}.weight"]
+    heads = lambda y: y.unflatten(-1, (c.heads, -1))
+
+    video, x, places, times = x, list(tokens), [p.tolist() for p in places], [0.0] * len(tokens)
+    corners = list(itertools.product(range(video.shape[1]), range(0, video.shape[2], 2), range(0, video.shape[3], 2)))
+    for f, i, j in corners:
+        patch = video[:, f, i:i + 2, j:j + 2].flatten()
+        x.append(w["patch_embedding.weight"].flatten(1) @ patch + w["patch_embedding.bias"])
+        places.append([float(frames[f]), i / 2, j / 2])
+        times.append(t)
+    x, places, times = torch.stack(x), torch.tensor(places).double(), torch.tensor(times).double()
+
+    d = c.dim // c.heads
+    axes = (d - 4 * (d // 6), 2 * (d // 6), 2 * (d // 6))
+    angles = torch.cat([places[:, a, None] * 10000.0**(-torch.arange(0, n, 2).double() / n) for a, n in enumerate(axes)], 1)
+    turn = lambda y: torch.view_as_real(
+        torch.view_as_complex(y.unflatten(-1, (-1, 2))) * torch.exp(1j * angles)[:, None]).flatten(-2)
+
+    def attention(name, y, z, rotated):
+        q, k, v = rms(f"{name}.norm_q", linear(f"{name}.q", y)), rms(f"{name}.norm_k", linear(f"{name}.k", z)), linear(f"{name}.v", z)
+        q, k, v = heads(q), heads(k), heads(v)
+        q, k = (turn(q), turn(k)) if rotated else (q, k)
+        weights = (torch.einsum("nhd,mhd->hnm", q, k) / d**0.5).softmax(-1)
+        return linear(f"{name}.o", torch.einsum("hnm,mhd->nhd", weights, v).flatten(1))
+
+    angle = times[:, None] * 10000.0**(-torch.arange(c.freq_dim // 2).double() / (c.freq_dim // 2))
+    e = linear("time_embedding.2", silu(linear("time_embedding.0", torch.cat([angle.cos(), angle.sin()], 1))))
+    e0 = linear("time_projection.1", silu(e)).unflatten(1, (6, -1))                       # (tokens, 6, D)
+    padded = torch.cat([text, torch.zeros(c.text_len - len(text), c.text_dim).double()])
+    padded = linear("text_embedding.2", gelu(linear("text_embedding.0", padded)))
+    for b in (f"blocks.{i}" for i in range(c.layers)):
+        s1, c1, g1, s2, c2, g2 = (w[f"{b}.modulation"] + e0).unbind(1)
+        y = norm(x) * (1 + c1) + s1
+        x = x + g1 * attention(f"{b}.self_attn", y, y, True)
+        x = x + attention(f"{b}.cross_attn", norm(x) * w[f"{b}.norm3.weight"] + w[f"{b}.norm3.bias"], padded, False)
+        x = x + g2 * linear(f"{b}.ffn.2", gelu(linear(f"{b}.ffn.0", norm(x) * (1 + c2) + s2)))
+    shift, scale = w["head.modulation"][0, 0] + e, w["head.modulation"][0, 1] + e
+    out, result = linear("head.head", norm(x) * (1 + scale) + shift)[len(tokens):], torch.zeros_like(video)
+    for y, (f, i, j) in zip(out, corners):
+        result[:, f, i:i + 2, j:j + 2] = y.view(2, 2, c.out_dim).permute(2, 0, 1)         # channels last in a patch
+    return result
+
+
+def tiny_dit(seed=0, **changes):
+    return randomize(DiT(dataclasses.replace(CONFIG, **changes)), seed)
+
+
+@pytest.mark.parametrize("M", [0, 7])
+@torch.no_grad()
+def test_dit_equals_a_plain_one(M):
+    dit = tiny_dit()
+    x, text, t = randn(2, 4, 3, 4, 6), randn(2, 5, 16, seed=1), torch.tensor([731.0, 12.5])
+    frames = torch.tensor([[0, 1, 2], [17.25, 40, 3]])
+    tokens, places = randn(2, M, 48, seed=2), 20 * randn(2, M, 3, seed=3)
+    v = dit(x, t, text, frames, (tokens, places) if M else None)
+    assert v.std() > 0.1
+    w = {name: p.double() for name, p in dit.state_dict().items()}
+    for b in range(2):
+        plain = plain_dit(w, CONFIG, x[b].double(), t[b].item(), text[b].double(), frames[b], tokens[b].double(), places[b])
+        assert (v[b] - plain).abs().max() < 1e-5
+
+
+@pytest.mark.skipif(not FIXTURES.is_dir(), reason="needs the official model's outputs in ../shared/fixtures")
+@pytest.mark.parametrize("case", "abc")
+@pytest.mark.parametrize("name", ["wan_tiny", "wan_tiny_eps"])
+@torch.no_grad()
+def test_dit_equals_wan(name, case):
+    about, tensors = json.loads((FIXTURES / f"{name}.json").read_text()), load_file(FIXTURES / f"{name}.safetensors")
+    if case not in about["cases"]:
+        pytest.skip(f"{name} has no case {case}")
+    c = about["config"]
+    dit = DiT(DiTConfig(heads=c["num_heads"], layers=c["num_layers"], patch=tuple(c["patch_size"]), **{
+        k: c[k] for k in ("dim", "ffn_dim", "in_dim", "out_dim", "text_dim", "text_len", "freq_dim", "eps")}))
+    dit.load_state_dict({k[2:]: v for k, v in tensors.items() if k.startswith("w.")}, strict=True)
+    assert f"in.{case}.x0" in tensors
+    for i in range(about["cases"][case]["batch"]):
+        x, context, out = (tensors[f"{k}.{case}.{n}{i}"][None] for k, n in (("in", "x"), ("in", "context"), ("out", "x")))
+        assert (dit(x, tensors[f"in.{case}.t"][i:i + 1], context) - out).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("preset, count", [("wan-1.3b", 1418996800), ("wan-14b", 14288491584)])
+def test_dit_has_as_many_parameters_as_wan(preset, count):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in DiT(PRESETS[preset].dit).parameters()) == count
+
+
+@torch.no_grad()
+def test_dit_memory_and_positions():
+    dit, x, t, text = tiny_dit(), randn(1, 4, 2, 4, 4), torch.tensor([400.0]), randn(1, 6, 16)
+    tokens, places = randn(1, 3, 48), randn(3, 3)
+    alone = dit(x, t, text)
+    assert torch.equal(alone, dit(x, t, text, None, (tokens[:, :0], places[:0])))
+    near = dit(x, t, text, torch.tensor([5, 6]), (tokens, places))
+    assert (near - alone).abs().max() > 1e-3
+    swapped = dit(x, t, text, torch.tensor([5, 6]), (tokens[:, [2, 0, 1]], places[[2, 0, 1]]))
+    assert torch.allclose(near, swapped, atol=1e-5)                 # a memory token's place in the sequence means nothing
+    # only distances count, and there is no longest video: RoPE's own table ends at 1024
+    far = dit(x, t, text, torch.tensor([5005, 5006]), (tokens, places + torch.tensor([5000, 0, 0])))
+    assert torch.allclose(near, far, atol=1e-4)
+    assert (dit(x, t, text, torch.tensor([5, 7]), (tokens, places)) - near).abs().max() > 1e-3
+
+
+def test_dit_gradient_reaches_memory():
+    dit, tokens = tiny_dit(), randn(1, 3, 48).requires_grad_()
+    results = []
+    for dit.checkpointing in (False, True):
+        dit.zero_grad()
+        tokens.grad = None
+        dit(randn(1, 4, 2, 4, 4), torch.tensor([400.0]), randn(1, 6, 16), None, (tokens, randn(3, 3))).sum().backward()
+        assert all(p.grad.abs().max() > 0 for n, p in dit.named_parameters() if "cross_attn.k.bias" not in n)
+        assert (tokens.grad.abs().amax(-1) > 0).all()
+        results.append(tokens.grad.clone())
+    assert torch.allclose(*results, atol=1e-6)
+
+
+def test_attend_is_softmax_attention_at_any_length():
+    for n in 16, 1100:                                              # by hand, and by the kernel for long sequences
+        q, k, v = (randn(1, 2, n, 8, seed=s) for s in range(3))
+        plain = (q.double() @ k.double().mT / 8**0.5).softmax(-1) @ v.double()
+        assert (attend(q, k, v) - plain).abs().max() < 1e-5
+
+
+def test_flow_runs_from_data_to_noise():
+    x0, noise = randn(2, 4, 3, 2, 2), randn(2, 4, 3, 2, 2, seed=1)
+    assert torch.equal(add_noise(x0, noise, torch.zeros(2)), x0) and torch.equal(add_noise(x0, noise, torch.ones(2)), noise)
+    assert torch.allclose(add_noise(x0, noise, torch.tensor([0.25, 1]))[0], 0.75 * x0[0] + 0.25 * noise[0])
+    t, seen = torch.tensor([0.3, 0.8]), []
+    zero = lambda x, t, *rest: seen.append((x, t)) or torch.zeros_like(x)
+    losses = model.flow_loss(zero, x0, noise, t, None, None, None)
+    assert torch.allclose(losses, (noise - x0).square().mean((1, 2, 3, 4)))
+    assert torch.equal(seen[0][0], add_noise(x0, noise, t)) and torch.allclose(seen[0][1], 1000 * t)
+
+
+def test_euler_with_the_true_velocity_finds_the_data():
+    x0, noise = randn(2, 4, 3, 2, 2), randn(2, 4, 3, 2, 2, seed=1)
+    times = []
+
+    def oracle(x, t, text, frames, memory):
+        times.append(t[0].item() / 1000)
+        return (x - x0) / (t / 1000).view(-1, 1, 1, 1, 1)
+    for steps, shift in (1, 1), (7, 1), (4, 3):
+        assert torch.allclose(euler(oracle, noise, torch.zeros(2, 1, 1), None, None, steps, shift), x0, atol=1e-5)
+    assert times[-4:] == pytest.approx([1, 0.9, 0.75, 0.5])        # 3 t / (1 + 2 t)
+
+
+def test_guidance_moves_away_from_no_prompt_and_keeps_memory():
+    calls = []
+
+    def dit(x, t, text, frames, memory):
+        calls.append((text.any().item(), memory))
+        return torch.full_like(x, 2.0 if text.any() else 0.5)
+    noise, text = torch.zeros(1, 4, 1, 2, 2), torch.ones(1, 2, 3)
+    for guidance, v, expected in (1, 2.0, [True] * 2), (3, 5.0, [True, False] * 2), (0, 0.5, [True, False] * 2):
+        calls.clear()
+        assert euler(dit, noise, text, None, "memory", 2, 1, guidance).flatten().tolist() == pytest.approx([-v] * 16)
+        assert [c[0] for c in calls] == expected and all(c[1] == "memory" for c in calls)
+
+
+def diffusers_name(name):
+    """What diffusers calls a parameter of Wan's."""
+    name = name.replace("norm3", "norm2").replace("self_attn", "attn1").replace("cross_attn", "attn2")
+    if ".attn" in name:
+        name = name.replace(".o.", ".to_out.0.")
+        for n in "qkv":
+            name = name.replace(f".{n}.", f".to_{n}.")
+    name = name.replace("ffn.0", "ffn.net.0.proj").replace("ffn.2", "ffn.net.2")
+    name = name.replace("head.head", "proj_out").replace("head.modulation", "scale_shift_table")
+    name = name.replace("modulation", "scale_shift_table").replace("time_projection.1", "condition_embedder.time_proj")
+    for kind, theirs in ("time", "time_embedder"), ("text", "text_embedder"):
+        for i in 0, 2:
+            name = name.replace(f"{kind}_embedding.{i}", f"condition_embedder.{theirs}.linear_{i // 2 + 1}")
+    return name
+
+
+def test_names_of_diffusers_and_of_wrappers(tmp_path):
+    dit = tiny_dit()
+    state = dit.state_dict()
+    assert len(state) == 15 + 27 * CONFIG.layers
+    theirs = {diffusers_name(n): v for n, v in state.items()}
+    assert len(theirs) == len(state) and sum(n in state for n in theirs) == 2
+    assert [wan_name(n) for n in theirs] == list(state)
+    for prefix in "", "model.", "diffusion_model.", "dit.", "model.diffusion_model.":
+        assert [wan_name(prefix + n) for n in state] == list(state)
+    save_file(theirs, tmp_path / "a.safetensors")
+    other = tiny_dit(seed=1)
+    pretrain.load_base(other, tmp_path / "a.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), state.values()))
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("exploded",)
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda s: s.pop("blocks.1.ffn.2.bias"), "blocks.1.ffn.2.bias"), (lambda s: s.update(spare=torch.ones(2)), "spare"),
+    (lambda s: s.update({"head.head.bias": torch.ones(3)}), "head.head.bias has shape \\(3,\\), expected \\(16,\\)"),
+    (lambda s: s["blocks.0.norm3.bias"].fill_(math.nan), "blocks.0.norm3.bias"),
+    (lambda s: s["blocks.0.norm3.bias"].fill_(-math.inf), "blocks.0.norm3.bias"),
+    ("truncated", "a.safetensors"), ("pickle", "a.safetensors"), ("empty", "a.safetensors"), ("missing", "a.safetensors")])
+def test_weights_that_do_not_fit_change_nothing(tmp_path, damage, says):
+    path = tmp_path / "a.safetensors"
+    state = {k: v.clone() for k, v in tiny_dit(seed=1).state_dict().items()}
+    if callable(damage):
+        damage(state)
+    save_file(state, path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "pickle":
+        torch.save(Bomb(), path)
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "missing":
+        path.unlink()
+    dit = tiny_dit()
+    before = {k: v.clone() for k, v in dit.state_dict().items()}
+    with pytest.raises(UserError, match=says) as error:
+        load_weights(dit, [path])
+    assert "a.safetensors" in str(error.value) and not Path("exploded").exists()
+    assert all(torch.equal(before[k], v) for k, v in dit.state_dict().items())
+
+
+def test_weights_in_shards(tmp_path):
+    state = tiny_dit(seed=1).state_dict()
+    names, folder = list(state), tmp_path / "wan"
+    folder.mkdir()
+    shards = {"part-1.safetensors": names[:20], "part-2.safetensors": names[20:]}
+    for file, part in shards.items():
+        save_file({n: state[n] for n in part}, folder / file)
+    with pytest.raises(UserError, match="2 .safetensors files"):
+        weight_files(folder)
+    index = {"weight_map": {n: file for file, part in shards.items() for n in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    dit = tiny_dit()
+    load_weights(dit, weight_files(folder))
+    assert all(torch.equal(v, state[k]) for k, v in dit.state_dict().items())
+    (folder / "part-2.safetensors").unlink()
+    with pytest.raises(UserError, match="part-2.safetensors"):
+        weight_files(folder)
+    with pytest.raises(UserError, match="nowhere"):
+        weight_files(tmp_path / "nowhere")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# encoder.py
+
+RATES = {"4x4x2": 80, "2x2x2": 320, "2x2x1": 640, "4x4x4": 40, "1x1x1": 2560, "8x8x1": 40}    # tokens of 40 nano frames
+
+
+def make_encoder(method="proposed", rate="4x4x2", preset="tiny", seed=0):
+    patch_embedding = PatchEmbedding(16, PRESETS[preset].dit.dim, (1, 2, 2))
+    return randomize(MemoryEncoder(method, rate, preset, patch_embedding), seed)
+
+
+def box_mean(hr, rate):
+    """Latents averaged over whole segments of (frames, rows, columns); a causal codec's lone first one by itself."""
+    lone = hr.shape[2] % 4
+    parts = [pad_replicate(part, (rate[0], 2 * rate[1], 2 * rate[2])) for part in (hr[:, :, :lone], hr[:, :, lone:]) if part.shape[2]]
+    return torch.cat([F.avg_pool3d(part, rate) for part in parts], 2)
+
+
+@pytest.mark.parametrize("rate", RATES)
+@torch.no_grad()
+def test_encoder_tokens_stand_at_the_centres_of_their_blocks(rate):
+    encoder, codec, hr = make_encoder("proposed", rate, "nano"), DCTCodec(), randn(1, 16, 40, 16, 16)
+    tokens, positions = encoder(hr, codec.downsample(hr, encoder.rate), start=100)
+    t, h, w = encoder.rate
+    expected = [(100 + f + (t - 1) / 2, i + (h - 1) / 2, j + (w - 1) / 2)
+                for f in range(0, 40, t) for i in range(0, 8, h) for j in range(0, 8, w)]
+    assert tokens.shape == (1, RATES[rate], 256) and positions.tolist() == [list(p) for p in expected]
+
+
+@pytest.mark.parametrize("frames, count", [(81, 4264), (121, 6344)])
+@torch.no_grad()
+def test_encoder_tokens_of_20_seconds_of_wan(frames, count):
+    """Only shapes: φ of one narrow width, on Wan's grid. 60 x 104 latents are 480 x 832 pixels."""
+    encoder = make_encoder("only-lr", "4x4x2", "tiny-wan")
+    encoder.segment = PRESETS["wan-1.3b"].section
+    hr, lr = torch.zeros(1).expand(1, 16, frames, 60, 104), torch.zeros(1).expand(1, 16, 1 + frames // 2, 16, 26)
+    tokens, positions = encoder(hr, lr)
+    assert tokens.shape == (1, count, 48) and len(positions) == count
+    assert positions[0].tolist() == [0, 1.5, 1.5] and positions[104].tolist() == [1.5, 1.5, 1.5]
+    assert positions[-1].tolist() == [frames - 1.5, 29.5, 49.5]
+
+
+@pytest.mark.parametrize("preset, first", [("tiny", 8), ("tiny-wan", 9)])
+@pytest.mark.parametrize("method", ["proposed", "only-lr", "without-lr"])
+@torch.no_grad()
+def test_encoder_appends_sections_without_touching_the_history(method, preset, first):
+    codec = DCTCodec() if preset == "tiny" else SimpleNamespace(downsample=box_mean)
+    dit = randomize(MemoryDiT(preset, method))
+    encoder, x = dit.encoder, randn(1, 16, first + 8, 8, 8)
+    lr = lambda hr: codec.downsample(hr, encoder.rate)
+    whole = encoder(x, lr(x))
+    old, new = encoder(x[:, :, :first], lr(x[:, :, :first])), encoder(x[:, :, first:], lr(x[:, :, first:]), start=first)
+    assert whole[0].std() > 0.1
+    for a, b, c in zip(whole, old, new):
+        assert (a - torch.cat([b, c], -2)).abs().max() < 1e-5
+    one, many = Memory(dit, codec), Memory(dit, codec)
+    one.append(x)
+    for piece in x.split(3, 2):
+        many.append(piece)
+    for a, b, c in zip(whole, one.context(), many.context()):
+        assert (a - b).abs().max() < 1e-5 and (a - c).abs().max() < 1e-5
+    assert one.frames == many.frames == first + 8
+
+
+@torch.no_grad()
+def test_memory_keeps_an_unfinished_segment_uncompressed():
+    dit, codec, x = randomize(MemoryDiT("tiny")), DCTCodec(), randn(1, 16, 11, 8, 8)
+    memory = Memory(dit, codec)
+    assert memory.context() is None
+    memory.append(x[:, :, :3])
+    tokens, positions = memory.context()
+    assert torch.equal(tokens, dit.encoder.patch_embedding(x[:, :, :3]))
+    assert torch.equal(positions, token_positions(torch.arange(3), 4, 4))
+    memory.append(x[:, :, 3:])
+    tokens, positions = memory.context()
+    hr = x[:, :, :8]
+    old = dit.encoder(hr, codec.downsample(hr, dit.encoder.rate))
+    assert tokens.shape[1] == len(old[1]) + 3 * 16 and (tokens[:, :-48] - old[0]).abs().max() < 1e-5
+    assert torch.equal(tokens[:, -48:], dit.encoder.patch_embedding(x[:, :, 8:]))
+    assert torch.equal(positions[-48:], token_positions(torch.arange(8, 11), 4, 4))
+    in_training = dit.encode(x, codec.downsample(hr, dit.encoder.rate))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(in_training, (tokens, positions)))
+    assert memory.uncompressed == 11 * 16
+
+
+@torch.no_grad()
+def test_memory_is_bounded():
+    dit, codec, x = randomize(MemoryDiT("tiny")), DCTCodec(), randn(1, 16, 24, 8, 8)
+    memory, everything = Memory(dit, codec, most=2), Memory(dit, codec)
+    for k, piece in enumerate(x.split(4, 2)):
+        memory.append(piece)
+        everything.append(piece)
+        assert memory.context()[0].shape[1] == 2 * min(k + 1, 2) and everything.context()[0].shape[1] == 2 * (k + 1)
+    for a, b in zip(memory.context(), everything.context()):
+        assert torch.equal(a, b[..., -4:, :])                       # the newest, where they were
+    assert memory.uncompressed == 8 * 16 and Memory(MemoryDiT("tiny", "none"), codec).context() is None
+
+
+def response(encoder, codec, x, block, size):
+    """How much each token changes (M,) when the middle of a block of latents does; and the positions."""
+    y = x.clone()
+    middle = [slice(i * s + (s - 1) // 2, i * s + s // 2 + 1) for i, s in zip(block, size)]
+    y[(..., *middle)] += 1
+    a, b = (encoder(z, codec.downsample(z, encoder.rate)) for z in (x, y))
+    return (a[0] - b[0])[0].square().sum(-1), a[1]
+
+
+@pytest.mark.parametrize("rate", ["4x4x2", "2x2x1"])
+@torch.no_grad()
+def test_encoder_blocks_answer_where_they_are(rate):
+    """An impulse in the middle of a block moves the token that stands there, and its neighbours evenly."""
+    codec, block = DCTCodec(), (1, 1, 2)
+    for method in "only-lr", "without-lr", "proposed":
+        energy = 0
+        for seed in range(8):
+            encoder = make_encoder(method, rate, "tiny", seed)
+            t, h, w = encoder.rate
+            x = randn(1, 16, 4, 2 * 3 * h, 2 * 4 * w, seed=seed)
+            change, positions = response(encoder, codec, x, block, (t, 2 * h, 2 * w))
+            energy = energy + change / change.sum()
+        centre = torch.tensor([t + (t - 1) / 2, h + (h - 1) / 2, 2 * w + (w - 1) / 2])
+        assert torch.equal(positions[energy.argmax()], centre)
+        mass = (energy[:, None] * positions).sum(0) / energy.sum()
+        assert ((mass - centre).abs()[1:] < 0.15 * torch.tensor([h, w])).all(), (method, mass, centre)
+        if method == "only-lr":
+            assert (energy > 1e-9).sum() == 1
+
+
+@pytest.mark.parametrize("rate", ["4x4x2", "2x2x2", "2x2x1", "8x8x1"])
+@torch.no_grad()
+def test_encoder_high_resolution_branch_is_centred(rate):
+    """With mirror-symmetric kernels a mirrored video must give mirrored tokens: no stride may lean to one side."""
+    encoder = make_encoder("without-lr", rate)
+    for p in encoder.hr.attention.o.parameters():                   # its rotations know left from right
+        p.zero_()
+    for conv in encoder.hr.convs:
+        for axis in 2, 3, 4:
+            conv.weight.copy_((conv.weight + conv.weight.flip(axis)) / 2)
+    t, h, w = encoder.rate
+    x = randn(1, 16, 8, 2 * 2 * h, 2 * 3 * w)
+    grid = lambda x: encoder(x, x)[0].view(8 // t, 2, 3, 48)
+    for axis in 0, 1, 2:
+        assert (grid(x.flip(axis + 2)) - grid(x).flip(axis)).abs().max() < 1e-5
+        assert (grid(x) - grid(x).flip(axis)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("method", ["only-lr", "without-lr", "proposed"])
+@torch.no_grad()
+def test_encoder_pads_odd_sizes_alike_in_both_branches(method):
+    encoder, codec, x = make_encoder(method, "2x2x2"), DCTCodec(), randn(1, 16, 4, 15, 13)
+    padded = F.pad(x, (0, 3, 0, 1, 0, 0), mode="replicate")
+    a, b = (encoder(z, codec.downsample(z, encoder.rate)) for z in (x, padded))
+    assert a[0].shape == (1, 2 * 4 * 4, 48) and torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+
+
+def test_encoder_gradient_reaches_both_branches_and_every_segment():
+    encoder, codec = make_encoder(), DCTCodec()
+    hr = randn(1, 16, 12, 8, 8).requires_grad_()
+    lr = codec.downsample(hr.detach(), encoder.rate).requires_grad_()
+    encoder(hr, lr)[0].square().sum().backward()
+    assert (hr.grad.abs().amax((0, 1, 3, 4)) > 0).all() and (lr.grad.abs().amax((0, 1, 3, 4)) > 0).all()
+    for name, p in encoder.named_parameters():
+        assert p.grad.abs().max() > 0 or name == "hr.attention.k.bias", name
+
+
+@torch.no_grad()
+def test_encoder_methods_differ_only_in_their_branches():
+    codec, x, dit = DCTCodec(), randn(2, 16, 8, 8, 8), MemoryDiT("tiny")
+    lr = codec.downsample(x, dit.encoder.rate)
+    proposed, only_lr, without_lr = (MemoryEncoder(m, "4x4x2", "tiny", dit.dit.patch_embedding) for m in
+                                     ("proposed", "only-lr", "without-lr"))
+    assert torch.equal(proposed(x, lr)[0], only_lr(x, lr)[0])       # HR starts at zero where LR carries the signal
+    nan = torch.full_like(lr, math.nan)
+    assert torch.equal(without_lr(x, nan)[0], without_lr(x, lr)[0]) and without_lr(x, nan)[0].std() > 0
+    assert torch.equal(only_lr(x * math.nan, lr)[0], only_lr(x, lr)[0])
+    dit.dit.patch_embedding.weight.fill_(0)
+    assert proposed(x, lr)[0].abs().max() > 0                       # φ's copy is its own
+
+
+@pytest.mark.parametrize("method", ["only-lr", "without-lr", "proposed"])
+@torch.no_grad()
+def test_encoder_rows_of_a_batch_do_not_meet(method):
+    encoder, codec, x = make_encoder(method), DCTCodec(), randn(2, 16, 8, 8, 8)
+    both = encoder(x, codec.downsample(x, encoder.rate))[0]
+    for i in range(2):
+        assert (encoder(x[i:i + 1], codec.downsample(x[i:i + 1], encoder.rate))[0] - both[i]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("rate", ["4x4", "3x4x2", "axbxc", "0x4x2", "-4x4x2", "4x4x8", "", "4x4x2x1"])
+def test_encoder_refuses_bad_rates(rate):
+    with pytest.raises(UserError, match="--rate"):
+        MemoryDiT("tiny", "proposed", rate)
+
+
+def test_encoder_refuses_unknown_methods_and_unfinished_segments():
+    with pytest.raises(UserError, match="propsed.*proposed"):
+        MemoryDiT("tiny", "propsed")
+    with pytest.raises(ValueError, match="whole segments"):
+        make_encoder()(randn(1, 16, 6, 8, 8), randn(1, 16, 3, 2, 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py
+
+
+def test_dct_codec_is_a_linear_map_with_orthonormal_rows():
+    codec, z = DCTCodec(), randn(2, 16, 3, 8, 6)
+    assert torch.allclose(codec.basis @ codec.basis.T, torch.eye(16), atol=1e-6)
+    assert torch.allclose(codec.encode(codec.decode(z)), z, atol=1e-5)
+    flat = torch.full((1, 3, 1, 8, 8), 0.5)
+    assert torch.allclose(codec.decode(codec.encode(flat)), flat, atol=1e-6) and codec.encode(flat)[:, 1:].abs().max() < 1e-6
+
+
+def test_dct_codec_on_stories():
+    codec, latents = DCTCodec(), []
+    for i in range(6):
+        pixels = torch.from_numpy(data.story_pixels("train", i, PRESETS["nano"])[1])
+        latents.append(codec.encode(to_pixels(pixels)[None]))
+        again = to_frames(codec.decode(latents[-1]))[0]
+        assert again.shape == pixels.shape == (52, 64, 64, 3) and data.psnr(again, pixels).mean() > 25
+    assert 0.6 < torch.cat(latents).var() < 1.6
+
+
+@pytest.mark.parametrize("rate", [(2, 4, 4), (1, 2, 2), (2, 2, 2)])
+def test_dct_downsampling_is_that_of_the_pixels(rate):
+    codec, z = DCTCodec(), randn(2, 16, 4, 16, 16)
+    exact = codec.encode(F.avg_pool3d(codec.decode(z), rate))
+    assert (codec.downsample(z, rate) - exact).abs().max() < 1e-5
+
+
+def test_pixels_survive_the_file_boundary():
+    frames = torch.arange(256).to(torch.uint8).view(1, 16, 16, 1).repeat(1, 1, 1, 3)
+    pixels = to_pixels(frames)
+    assert pixels.shape == (3, 1, 16, 16) and pixels.aminmax() == (-1, 1) and torch.equal(to_frames(pixels), frames)
+    assert to_frames(torch.tensor([-5.0, 5.0]).view(1, 2, 1, 1).expand(3, 2, 1, 1)).flatten().tolist() == [0] * 3 + [255] * 3
+
+
+def test_hash_prompts():
+    prompts = HashPrompts(16, 5)
+    a, b = prompts("A cat, a dog"), prompts("dog dog the cat a dog and more")
+    assert a.shape == b.shape == (5, 16) and torch.equal(a, HashPrompts(16, 5)("a cat a dog"))
+    code = lambda i: 0.5 * torch.from_numpy(data.hash_word(f"position {i}", 16))
+    assert torch.allclose(a[1] - code(1), b[3] - code(3)) and torch.allclose(a[3] - code(3), b[0] - code(0))
+    assert torch.equal(a[4], torch.zeros(16)) and not prompts("").any() and not prompts(" ,. ").any() and b.any(1).all()
+    words = torch.stack([torch.from_numpy(data.hash_word(w, 64)) for w in "one two three four five six".split()])
+    assert (torch.corrcoef(words) - torch.eye(6)).abs().max() < 0.6 and 0.8 < words.var() < 1.2
+    assert data.hash_word("cat", 3).tolist() == pytest.approx([2.32206, -0.77695, -1.08425], abs=1e-5)     # shipped weights rely on it
+
+
+def test_clips_cover_every_clip_once_an_epoch():
+    sizes = [(8, 8)] * 9 + [(8, 14)] * 6 + [(14, 8)] * 1
+    clips = Clips([Clip(torch.zeros(16, 4, *size), []) for size in sizes])
+    epoch = [clips.batch(step, 3, seed=0) for step in range(6)]
+    assert all(len(batch) == 3 and len({sizes[i] for i in batch}) == 1 for batch in epoch)
+    assert sorted(i for batch in epoch for i in batch) == [*range(15), 15, 15, 15]      # a small bucket repeats its clips
+    again = Clips(clips.clips)
+    assert [again.batch(step, 3, seed=0) for step in reversed(range(12))][::-1][:6] == epoch
+    assert [clips.batch(step, 3, seed=0) for step in range(6, 12)] != epoch != [clips.batch(s, 3, seed=1) for s in range(6)]
+
+
+def test_world_clips_are_cached(tmp_path, monkeypatch):
+    codec = DCTCodec()
+    first = world_clips("train", 2, TINY, codec, tmp_path, keep_pixels=True)
+    files = list(tmp_path.iterdir())
+    world_clips("train", 2, dataclasses.replace(TINY, sizes=((64, 64),)), codec, tmp_path)
+    assert len(files) == 1 and len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr(data, "encode_story", None)                 # from here on nothing may be drawn for latents
+    for a, b in zip(first.clips, world_clips("train", 2, TINY, codec, tmp_path).clips):
+        assert torch.equal(a.latents, b.latents) and a.storyboard == b.storyboard and b.pixels is None
+    clip = first[1]
+    assert clip.latents.shape == (16, 52, 8, 8) and clip.pixels.shape == (52, 32, 32, 3)
+    assert data.psnr(to_frames(codec.decode(clip.latents[None].float()))[0], clip.pixels).min() > 20
+    assert clip.prompt(7) == clip.prompt(4) == W.caption(clip.story, 1) != clip.prompt(8)
+    assert torch.equal(clip.truth(torch.tensor([5, 9]))[0], clip.pixels[[5, 9]])
+
+
+def test_clips_ask_only_for_what_was_seen(clips):
+    for clip in clips:
+        for n in range(1, 11):
+            targets = clip.targets(n, 4)
+            assert n < 10 or targets == [40, 44, 48]
+            for begin in targets:
+                asked = clip.story.shots[begin // 4]
+                seen = [s for s in clip.story.shots[begin // 4 - n:begin // 4] if s.framing == 0]
+                for f in "scene", "character", "thing":
+                    assert getattr(asked, f) is None or getattr(asked, f) in [getattr(s, f) for s in seen]
+    assert Clip(torch.zeros(16, 11, 8, 8), []).targets(1, 4) == [4, 5, 6, 7]
+    assert Clip(torch.zeros(16, 11, 8, 8), []).targets(2, 4) == []
+
+
+def write_video(path, n=10, seed=0, size=32):
+    """A small video of a soft moving pattern, 2 frames a second."""
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    waves = [torch.sin(x / 5 + y / (4 + c) + 0.5 * f + seed) for f in range(n) for c in range(3)]
+    frames = (100 + 80 * torch.stack(waves)).view(n, 3, size, size).permute(0, 2, 3, 1).to(torch.uint8)
+    with VideoWriter(path, 2, size, size, scale=1) as w:
+        w.write(frames)
+    return frames
+
+
+def test_folder_of_videos(tmp_path, capsys):
+    folder = tmp_path / "videos"
+    for i in range(6):
+        write_video(folder / f"{i}.mp4", 10 + i, i)
+        (folder / f"{i}.txt").write_text(f"0s: waves {i} / 2s: more {i}")
+    (folder / "0.mp4").write_text("not a video")
+    (folder / "1.txt").unlink()
+    train, held_out = data.video_clips(folder, TINY, DCTCodec(), tmp_path / "cache")
+    said = capsys.readouterr()
+    assert (len(train), len(held_out)) == (4, 1) and "1 skipped" in said.out
+    assert said.err.count("skipped: ") == 1 and "0.mp4" in said.err and "no caption beside" in said.err
+    for clip in [*train.clips, *held_out.clips]:
+        name = str(clip.frames - 10)
+        assert clip.latents.shape == (16, 10 + int(name), 8, 8)
+        assert [clip.prompt(f) for f in (0, 3, 4, 9)] == [""] * 4 if name == "1" else [f"waves {name}"] * 2 + [f"more {name}"] * 2
+    clip = held_out[0]
+    assert data.psnr(to_frames(DCTCodec().decode(clip.latents[None].float()))[0], clip.pixels).mean() > 30
+    again, _ = data.video_clips(folder, TINY, DCTCodec(), tmp_path / "cache")
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(train.clips, again.clips))
+    (folder / "2.mp4").write_text("")
+    with pytest.raises(UserError, match="2 of 6 videos"):
+        data.video_clips(folder, TINY, DCTCodec(), tmp_path / "cache")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# world.py
+
+
+def grow(mask, outside=False):
+    """One pixel of dilation of bool (F, H, W)."""
+    p = np.pad(mask, ((0, 0), (1, 1), (1, 1)), constant_values=outside)
+    h, w = mask.shape[1:]
+    return np.any([p[:, i:i + h, j:j + w] for i in range(3) for j in range(3)], axis=0)
+
+
+def shrink(mask):
+    return ~grow(~mask, True)
+
+
+def changed(story, **other):
+    """Where the pictures change when a part of the world does, and the masks of before."""
+    old, masks = W.render(story)
+    new, after = W.render(dataclasses.replace(story, **other))
+    return abs(old.astype(int) - new).max(-1), masks, after
+
+
+def test_world_is_determined_by_its_seed():
+    assert {W.world_seed("train", i) for i in range(500)}.isdisjoint(W.world_seed("held-out", i) for i in range(500))
+    for index in range(20):
+        seed = W.world_seed("held-out", index)
+        short, long = W.make_story(seed, 7), W.make_story(seed, 13)
+        assert W.make_story(seed, 7) == short and short.shots == long.shots[:7] and short.scenes == long.scenes
+        a, b = W.render(short), W.render(long, slice(2, 7))
+        assert a[0][8:].tobytes() == b[0].tobytes() and all((a[1][m][8:] == b[1][m]).all() for m in a[1])
+    assert len({W.render(W.make_story(s, 1))[0].tobytes() for s in range(50)}) == 50
+
+
+def test_world_masks_agree_with_the_drawing():
+    for seed in range(30):
+        story = W.make_story(seed)
+        flip = lambda colours: tuple(tuple(255 - v for v in c) for c in colours)            # noqa: E731
+        people = tuple(dataclasses.replace(c, shirt_colours=flip(c.shirt_colours)) for c in story.characters)
+        diff, masks, after = changed(story, characters=people)
+        assert not diff[~grow(masks["cloth"])].any() and (diff[masks["cloth"]] > 30).mean() > 0.3
+        assert all((masks[m] == after[m]).all() for m in masks)
+        people = tuple(dataclasses.replace(c, emblem=tuple(tuple(1 - b for b in r) for r in c.emblem))
+                       for c in story.characters)
+        diff, masks, _ = changed(story, characters=people)
+        assert not diff[~masks["cloth"]].any() and diff.any()
+        diff, masks, _ = changed(story, scenes=tuple(
+            dataclasses.replace(s, colours=flip(s.colours)) for s in story.scenes))
+        # Where two outlines meet in a corner a trace of the scene shines through; elsewhere nothing does.
+        inside = diff[shrink(~masks["scene"])]
+        assert inside.max() < 56 and (inside > 8).mean() < 0.02 and (diff[masks["scene"]] > 32).mean() > 0.9
+        diff, masks, _ = changed(story, things=tuple(
+            dataclasses.replace(t, colours=flip(t.colours)) for t in story.things))
+        assert not diff[~grow(masks["object"])].any()
+        assert (sum(masks[m].astype(int) for m in masks) <= 1).all()
+
+
+def test_world_asks_only_for_what_was_shown():
+    early = []
+    for seed in range(300):
+        story = W.make_story(seed, 13)
+        assert not W.askable(story, 0) and all(W.askable(story, k) for k in range(4, 13))
+        early.append(W.askable(story, 1) or W.askable(story, 2))
+        for k, shot in enumerate(story.shots):
+            for f in ("scene", "character", "thing"):
+                before = [getattr(s, f) for s in story.shots[:k]]
+                assert getattr(shot, f) is None or getattr(shot, f) in before or shot.framing == 0
+            assert shot.character is not None or shot.thing is not None
+            words = W.caption(story, k).split()
+            assert len(words) <= 24 and words[0] == story.scenes[shot.scene].kind
+    assert 0.35 < np.mean(early) < 0.65
+
+
+def test_world_captions_fix_the_picture():
+    """Same words and same entities, same picture; and the words do not depend on what has to be remembered."""
+    for seed in range(40):
+        story, pictures = W.make_story(seed, 40), {}
+        frames = W.render(story)[0].reshape(40, 4, 64, 64, 3)
+        for k in range(40):
+            assert pictures.setdefault(W.caption(story, k), frames[k].tobytes()) == frames[k].tobytes()
+
+
+def test_world_hides_nothing():
+    """People and things are whole (but for feet in closer framings), apart, and inside, at every size."""
+    for height, width, seeds in ((64, 64, range(150)), (128, 224, range(4)), (224, 128, range(4))):
+        for seed in seeds:
+            story, n = W.make_story(seed), 4
+            bare = dataclasses.replace(story, shots=tuple(dataclasses.replace(s, character=None) for s in story.shots))
+            masks = W.render(story, None, n, height, width)[1]
+            alone = W.render(bare, None, n, height, width)[1]
+            assert (masks["object"] == alone["object"]).all()                               # nobody covers a thing
+            ink = ~masks["scene"]
+            assert not ink[:, :, [0, -1]].any() and not ink[:, 0].any()
+            for k, shot in enumerate(story.shots):
+                inside = slice(k * n, k * n + n)
+                if shot.framing == 0 or shot.character is None:
+                    assert not ink[inside, -1].any()
+                if shot.character is not None:
+                    assert (masks["face"][inside].sum((1, 2)) > 60).all()
+
+
+def test_world_emblems_can_be_read():
+    """Each cell of the emblem covers 4 x 4 pixels or more, in a colour far from the shirt's."""
+    for seed in range(200):
+        story = W.make_story(seed)
+        for who in story.characters:
+            assert 2 <= sum(map(sum, who.emblem)) <= 4
+            gap = [np.linalg.norm(np.subtract(who.emblem_colour, c)) for c in who.shirt_colours]
+            assert min(gap) > 110, (seed, gap)
+    who, blank = story.characters[0], tuple(((0, 0),) * 3)
+    for cell in range(6):
+        one = tuple(tuple(int(2 * r + c == cell) for c in range(2)) for r in range(3))
+        a, b = (W.draw_character(dataclasses.replace(who, emblem=e), 1.0).rgba[0] for e in (one, blank))
+        assert (abs(a - b).max(-1) > 20).sum() == 16
+
+
+def test_world_is_fast():
+    stories = [W.make_story(s) for s in range(30)]
+    start = time.perf_counter()
+    for story in stories:
+        W.render(story)
+    assert (time.perf_counter() - start) / 30 < 0.1           # 0.01 on a quiet core
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# video.py
+
+
+def greys(n, h=16, w=24):
+    """n flat frames, each 20 levels lighter than the one before."""
+    return (20 * torch.arange(n)).to(torch.uint8).view(-1, 1, 1, 1).repeat(1, h, w, 3)
+
+
+def write_raw(path, frames, codec="libx264", pix_fmt="yuv420p", times=None, options=None, source="rgb24"):
+    """Write arrays with any codec and any time stamps (milliseconds; by default 10 a second)."""
+    with av.open(str(path), "w", options=options or {}) as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], pix_fmt
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for i, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(np.asarray(frame), format=source)
+            picture.pts, picture.time_base = times[i] if times else 100 * i, Fraction(1, 1000)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+
+
+def write_sound(path):
+    """A file with sound but no picture."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 16000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode(None))
+
+
+def levels(frames):
+    """The mean grey of each frame, in steps of 20."""
+    return (frames.float().mean((1, 2, 3)) / 20).round().int().tolist()
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "gif", "mkv"])
+@pytest.mark.parametrize("fps", [2, 8, 16, 30000 / 1001])
+def test_video_write_then_read_gives_the_same_frames(tmp_path, suffix, fps):
+    frames = torch.randint(0, 200, (12, 15, 18, 1), dtype=torch.uint8, generator=torch.manual_seed(0))
+    frames = frames + torch.tensor([50, 20, 0], dtype=torch.uint8)
+    with VideoWriter(tmp_path / "new" / f"a.{suffix}", fps, 15, 18, scale=4) as w:  # the folder is made
+        w.write(frames[:5])
+        w.write(frames[5:].numpy())
+    again = read_video(tmp_path / "new" / f"a.{suffix}", fps, 15, 18)
+    assert again.shape == frames.shape and again.dtype == torch.uint8
+    assert (again.float() - frames.float()).abs().mean() < 2.5
+    assert (again.float() - frames.float()).mean().abs() < 0.5  # FFmpeg's default conversion is 1.2 too dark
+    assert os.listdir(tmp_path / "new") == [f"a.{suffix}"]
+
+
+def test_video_is_sampled_by_time_stamps(tmp_path):
+    for name in "vfr.mp4", "vfr.mkv":  # on screen from 0, 0.1, 1.1 and 1.2 s; the first stamp is not zero
+        write_raw(tmp_path / name, greys(4), times=[500, 600, 1600, 1700])
+        assert levels(read_video(tmp_path / name, 10, 16, 24)) == [0] + [1] * 10 + [2, 3]
+        assert levels(read_video(tmp_path / name, 4, 16, 24, start=0.05, seconds=1.25)) == [0, 1, 1, 1, 1]
+        assert levels(read_video(tmp_path / name, 10, 16, 24, last=0.3, seconds=1.2)) == [1, 1, 2]
+
+
+def test_video_start_jumps_to_the_same_frames(tmp_path):
+    write_raw(tmp_path / "a.mp4", [greys(12)[i // 5 % 12] for i in range(60)], options={"g": "7"})
+    whole = read_video(tmp_path / "a.mp4", 10, 16, 24)
+    assert len(whole) == 60
+    for k in (5, 23, 59):
+        assert torch.equal(read_video(tmp_path / "a.mp4", 10, 16, 24, start=k / 10), whole[k:])
+    with pytest.raises(UserError, match="6.00 s"):
+        read_video(tmp_path / "a.mp4", 10, 16, 24, start=6.1)
+
+
+@pytest.mark.parametrize("matrix, turn", [((0, 1, -1, 0), lambda x: np.rot90(x, -1)), ((0, -1, 1, 0), np.rot90),
+                                          ((-1, 0, 0, -1), lambda x: np.rot90(x, 2)), ((-1, 0, 0, 1), np.fliplr)])
+def test_video_rotation_and_mirroring(tmp_path, matrix, turn):
+    picture = np.zeros((32, 64, 3), np.uint8)
+    picture[:16, :32], picture[:16, 32:], picture[16:, :32] = 240, 160, 80
+    write_raw(tmp_path / "a.mp4", [picture] * 2)
+    data = bytearray((tmp_path / "a.mp4").read_bytes())
+    a, b, c, d = (n << 16 for n in matrix)
+    at = data.index(b"tkhd") + 44
+    data[at:at + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    (tmp_path / "a.mp4").write_bytes(data)
+    upright = turn(picture)
+    assert (video_info(tmp_path / "a.mp4")["height"], video_info(tmp_path / "a.mp4")["width"]) == upright.shape[:2]
+    again = read_video(tmp_path / "a.mp4", 10, *upright.shape[:2])
+    assert np.abs(again[0].numpy().astype(int) - upright).mean() < 4
+
+
+@pytest.mark.parametrize("name, codec, pix_fmt", [("a.mkv", "ffv1", "gray"), ("a.mkv", "ffv1", "yuv420p10le"),
+                                                  ("a.avi", "mpeg4", "yuv420p"), ("a.webm", "libvpx-vp9", "yuv420p")])
+def test_video_formats_odd_and_tiny_sizes(tmp_path, name, codec, pix_fmt):
+    for h, w in (27, 33), (4, 4):
+        write_raw(tmp_path / name, greys(4, h, w), codec, pix_fmt)
+        assert levels(read_video(tmp_path / name, 10, 20, 8)) == [0, 1, 2, 3]
+        assert video_info(tmp_path / name)["width"] == w
+
+
+@pytest.mark.parametrize("name, codec, pix_fmt", [("a.webm", "libvpx-vp9", "yuva420p"), ("a.mov", "qtrle", "argb"),
+                                                  ("a.gif", None, None)])
+def test_video_alpha_is_laid_over_white(tmp_path, name, codec, pix_fmt):
+    picture = np.zeros((16, 32, 4), np.uint8)
+    picture[:, :16] = 200, 0, 0, 255
+    if codec:
+        write_raw(tmp_path / name, [picture] * 3, codec, pix_fmt, source="rgba")
+    else:
+        Image.fromarray(picture).save(tmp_path / name, save_all=True, append_images=[Image.fromarray(picture[:, ::-1])])
+    frame = read_video(tmp_path / name, 10, 16, 32)[0].int()
+    assert (frame[8, 4] - torch.tensor([200, 0, 0])).abs().max() < 8 and frame[8, 28].min() > 247
+
+
+def test_video_resize_covers_and_crops_the_middle(tmp_path):
+    picture = np.zeros((40, 100, 3), np.uint8)
+    picture[:, 30:70] = np.where(np.arange(40) % 2, 255, 1)[None, :, None]  # stripes of one pixel, around the middle
+    write_raw(tmp_path / "a.mkv", [picture], "ffv1", "bgr0")
+    for size in 20, 14:  # whole factor and not: either way the stripes must melt into grey
+        frame = read_video(tmp_path / "a.mkv", 30, size, size)
+        assert frame.shape == (1, size, size, 3)  # and one picture is one frame
+        assert (frame[:, :, 1:-1].float() - 128).abs().max() < 12
+
+
+def test_video_pixels_that_are_not_square(tmp_path):
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width, stream.pix_fmt = 64, 32, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(2, 1)
+        picture = np.zeros((64, 32, 3), np.uint8)
+        picture[:, :4] = 240  # a crop that took the pixels for square would keep this edge 4 wide, or lose it
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        container.mux(stream.encode(None))
+    assert video_info(tmp_path / "a.mp4")["width"] == 64
+    assert 7 <= (read_video(tmp_path / "a.mp4", 1, 64, 64)[0, 32, :, 0] > 120).sum() <= 9
+
+
+def test_video_damaged_files(tmp_path, capsys):
+    noise = torch.randint(0, 256, (20, 32, 32, 3), dtype=torch.uint8)
+    with VideoWriter(tmp_path / "a.mp4", 10, 32, 32, scale=1) as w:
+        w.write(noise)
+    write_raw(tmp_path / "a.mkv", noise)
+    for name in "a.mp4", "a.mkv":
+        data = (tmp_path / name).read_bytes()
+        assert len(read_video(tmp_path / name, 10, 32, 32)) == 20 and not capsys.readouterr().err
+        (tmp_path / f"cut_{name}").write_bytes(data[:len(data) * 6 // 10])
+        assert 5 < len(read_video(tmp_path / f"cut_{name}", 10, 32, 32)) < 16
+        warning = capsys.readouterr().err
+        assert warning.count("\n") == 1 and f"cut_{name}" in warning and "frames decoded" in warning
+        (tmp_path / f"stub_{name}").write_bytes(data[:300])
+    write_sound(tmp_path / "sound.mp4")
+    (tmp_path / "text.mp4").write_text("not a video\n" * 50)
+    (tmp_path / "empty.mp4").touch()
+    for name in "stub_a.mp4", "stub_a.mkv", "sound.mp4", "text.mp4", "empty.mp4", "missing.mp4", ".":
+        for read in (lambda path: read_video(path, 2, 8, 8)), video_info:
+            with pytest.raises(UserError) as error:
+                read(tmp_path / name)
+            assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+    for wrong in dict(fps=0), dict(start=-1), dict(seconds=0), dict(last=float("nan")):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            read_video(tmp_path / "a.mp4", **{"fps": 2, "height": 8, "width": 8, **wrong})
+
+
+def test_video_writer_leaves_nothing_half_written(tmp_path):
+    (tmp_path / "a.mp4").write_text("the old one")
+    with pytest.raises(KeyboardInterrupt):
+        with VideoWriter(tmp_path / "a.mp4", 2, 16, 24) as w:
+            w.write(greys(3))
+            raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == ["a.mp4"] and (tmp_path / "a.mp4").read_text() == "the old one"
+    for path in tmp_path / "a.mp4" / "b.mp4", tmp_path / "a.txt":  # a folder that is a file; an unknown suffix
+        with pytest.raises(UserError):
+            VideoWriter(path, 2, 16, 24).__enter__()
+    with VideoWriter(tmp_path / "a.mp4", 2, 16, 24) as w:
+        w.write(greys(2))
+        with pytest.raises(ValueError, match="expected"):
+            w.write(greys(2, 24, 16))
+    info = video_info(tmp_path / "a.mp4")
+    assert (info["height"], info["width"], info["seconds"]) == (512, 768, 1.0) and info["fps"] >= 8
+
+
+def test_video_folder_and_strip(tmp_path):
+    with pytest.raises(UserError, match="no video"):
+        find_videos(tmp_path)
+    (tmp_path / "sub").mkdir()
+    for name in "b.MP4", "sub/a.webm", "._b.mp4", "notes.txt":
+        (tmp_path / name).touch()
+    assert find_videos(tmp_path) == [tmp_path / "b.MP4", tmp_path / "sub" / "a.webm"]
+    contact_strip([("one", greys(3)), ("two", greys(5))], tmp_path / "s" / "a.png", columns=["0 s", "1 s"], scale=2)
+    strip = np.array(Image.open(tmp_path / "s" / "a.png").convert("RGB"))
+    for level in range(1, 5):  # every shade is there: as often as it was drawn, at twice the size
+        count = (strip == 20 * level).all(-1).sum()
+        assert count >= (2 if level < 3 else 1) * 4 * 16 * 24
+    assert (strip[[0, -1]] == 255).all() and (strip[:, [0, -1]] == 255).all()
+
+
+def test_storyboard_parsing(tmp_path):
+    board = [(0.0, "a man walks"), (4.5, "he sits")]
+    assert parse_storyboard("a man / a dog") == [(0.0, "a man / a dog")] and parse_storyboard(" ") == []
+    assert parse_storyboard("0s: a man walks / 4.5s: he sits") == board
+    assert parse_storyboard("0s:a man walks /\n4.5 s: he sits") == board
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf# when he tires\r\n0s: a man walks\r\n\r\n4.5s: he sits\r\n")
+    assert storyboard_beside(tmp_path / "a.mp4") == parse_storyboard(str(tmp_path / "a.txt")) == board
+    (tmp_path / "a.json").write_text(json.dumps([{"start": 1, "text": "x", "end": 2}, [3, "y"]]))
+    assert storyboard_beside(tmp_path / "a.mp4") == [(1.0, "x"), (3.0, "y")]
+    assert storyboard_beside(tmp_path / "b.mp4") is None
+    assert [prompt_at(board, t) for t in (-1, 0, 4.4, 4.5, 99)] == ["a man walks"] * 3 + ["he sits"] * 2
+    assert prompt_at([], 3) == ""
+
+
+@pytest.mark.parametrize("text, says", [("0s: a\nb\n2s: c", "line 2"), ("0s: a\n0s: b", "line 2"),
+                                        ("0s: a / 4s:", "line 1"), ("4 sec: a", "line 1"), ("-1s: a", "line 1"),
+                                        ("9" * 400 + "s: a", "inf"),
+                                        ("no/such.txt", "no/such.txt"), ("no/such.json", "no/such.json")])
+def test_storyboard_text_errors(text, says):
+    with pytest.raises(UserError, match=says):
+        parse_storyboard(text)
+
+
+@pytest.mark.parametrize("text, says", [('[[0, "a"], [0, "b"]]', "entry 2"), ('[{"text": "a"}]', "entry 1"),
+                                        ("[1]", "entry 1"), ('[[NaN, "a"]]', "entry 1"), ('[[0, 5]]', "entry 1"),
+                                        ('{"a": 1}', "list"), ('[[0, "a"],\n', "line 2")])
+def test_storyboard_json_errors(tmp_path, text, says):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=says):
+        parse_storyboard(tmp_path / "a.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# pretrain.py and finetune.py
+
+SETTINGS = dict(pretrain=pretrain.PretrainConfig(preset="tiny"), finetune=finetune.FinetuneConfig(preset="tiny"))
+DRAW = dict(pretrain=draw_retrieval, finetune=finetune.draw_continuation)
+
+
+def flags(cache, **changes):
+    """The command line of a tiny run."""
+    given = dict(preset="tiny", init="random", cache=cache, clips=8, held_out=2, batch=4, steps=3, warmup=2, save_every=99,
+                 sample_steps=1, device="cpu") | changes
+    return [x for k, v in given.items() for x in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def stage1(cache, tmp_path_factory):
+    """A short run of stage 1."""
+    out = tmp_path_factory.mktemp("stage1")
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(signal, "signal", lambda *a: None)
+        run(pretrain.main, *flags(cache, out=out, steps=40))
+    return out
+
+
+def place(clip, hr):
+    """The frame of a clip at which hr (C, F, h, w) begins."""
+    n = hr.shape[1]
+    return next(i for i in range(clip.frames - n + 1) if torch.equal(clip.latents[:, i:i + n].float(), hr))
+
+
+def test_retrieval_asks_for_frames_of_the_history(clips):
+    tools, rows = tiny_tools(), range(8)
+    batch = draw_retrieval(SETTINGS["pretrain"], tools, clips, rows, step=3)
+    assert batch.hr.shape == (8, 16, 40, 8, 8) and batch.target.shape == (8, 16, 4, 8, 8) and batch.t.shape == (8,)
+    for i, clip in enumerate(clips):
+        omega = batch.frames[i].long()
+        assert torch.equal(batch.target[i], batch.hr[i][:, omega]) and len(set(omega.tolist())) == 4
+        assert 0 <= place(clip, batch.hr[i]) <= 12
+    assert torch.equal(batch.lr, tools.codec.downsample(batch.hr, (2, 4, 4)))
+    prompts = [b.any().item() for step in range(8) for b in draw_retrieval(
+        SETTINGS["pretrain"], tools, clips, rows, step).text]
+    assert 16 < sum(prompts) < 48                                   # dropped in half of the samples
+
+
+def test_retrieval_hides_all_but_the_queries(clips):
+    tools = tiny_tools()
+    clean, noisy = (draw_retrieval(dataclasses.replace(SETTINGS["pretrain"], mask=mask), tools, clips, range(8), 0)
+                    for mask in ("none", "noise"))
+    assert torch.equal(clean.target, noisy.target) and torch.equal(clean.frames, noisy.frames)
+    asked = torch.zeros(8, 40, dtype=torch.bool).scatter_(1, clean.frames.long(), True)
+    assert torch.equal((clean.hr == noisy.hr).all(4).all(3).all(1), asked)
+    assert torch.equal((clean.lr == noisy.lr).all(4).all(3).all(1), asked.view(8, 20, 2).any(2))
+    for i in range(8):                                              # one level a clip, for both: x + level (ε - x)
+        level = [((a - b)[:, ~kept].var() / (1 + b[:, ~kept].var())).sqrt().item() for a, b, kept in (
+            (noisy.hr[i], clean.hr[i], asked[i]), (noisy.lr[i], clean.lr[i], asked[i].view(20, 2).any(1)))]
+        assert 0 < level[0] < 1 and level[0] == pytest.approx(level[1], rel=0.25)
+
+
+def test_continuation_asks_for_what_follows_the_history(clips):
+    tools, section, waiting = tiny_tools(), 4, []
+    for step in range(24):
+        batch = finetune.draw_continuation(SETTINGS["finetune"], tools, clips, range(8), step)
+        n = batch.hr.shape[2]
+        waiting.append(n % section)
+        assert section <= n <= 40 and batch.target.shape == (8, 16, section, 8, 8)
+        assert torch.equal(batch.lr, tools.codec.downsample(batch.hr[:, :, :n // section * section], (2, 4, 4)))
+        assert batch.frames.tolist() == [list(range(n, n + section))] * 8
+        for i, clip in enumerate(clips):
+            first = place(clip, batch.hr[i])
+            begin = first + n
+            assert begin % section == 0 and torch.equal(batch.target[i], clip.latents[:, begin:begin + section].float())
+            # all that is asked for was on screen for a whole section of this history
+            assert W.askable(clip.story, begin // section, -(-first // section))
+            assert not batch.text[i].any() or torch.equal(batch.text[i], tools.prompts(clip.prompt(begin)))
+    assert set(waiting) == {0, 1, 2, 3} and waiting.count(0) > 6
+
+
+@pytest.mark.parametrize("stage", DRAW)
+def test_batches_do_not_depend_on_how_they_are_split(stage, clips):
+    tools = tiny_tools()
+    short = [dataclasses.replace(clip, latents=clip.latents[:, :n], story=None) for clip, n in zip(clips, (52, 30, 41, 12))]
+    for chosen in clips[:4], short:
+        for step in range(6):
+            together = DRAW[stage](SETTINGS[stage], tools, chosen, range(4), step)
+            for split in (1, 2):
+                parts = [DRAW[stage](SETTINGS[stage], tools, chosen[i:i + split], range(i, i + split), step)
+                         for i in range(0, 4, split)]
+                for key, value in vars(together).items():
+                    assert value is None or torch.equal(value, torch.cat([getattr(p, key) for p in parts])), key
+
+
+def test_generators_depend_on_every_part_of_the_key():
+    first = {key: torch.rand((), generator=pretrain.generator(*key)).item()
+             for key in itertools.product(range(3), repeat=3)}
+    assert len(set(first.values())) == 27 and first[0, 1, 2] == torch.rand((), generator=pretrain.generator(0, 1, 2)).item()
+
+
+def test_muon_makes_updates_orthogonal():
+    for rows, columns in (48, 96), (96, 48), (16, 200):             # square ones have singular values too near to zero
+        g = randn(3, rows, columns)
+        u, s, v = torch.linalg.svd(pretrain.orthogonalize(g))
+        assert 0.6 < s.min() and s.max() < 1.25
+        exact = [a @ b.mT for a, b in zip(*(lambda u, s, v: (u, v.mT))(*torch.linalg.svd(g, full_matrices=False)))]
+        cosine = F.cosine_similarity(torch.stack(exact).flatten(1), pretrain.orthogonalize(g).flatten(1))
+        assert cosine.min() > 0.95
+
+
+def test_every_trained_weight_has_one_optimizer():
+    dit = MemoryDiT("tiny")
+    dit.dit.text_embedding.requires_grad_(False)
+    muon, adam = pretrain.make_optimizers(dit, 0.02)
+    ids = lambda o: [id(p) for group in o.param_groups for p in group["params"]]
+    assert sorted(ids(muon) + ids(adam)) == sorted(id(p) for p in dit.parameters() if p.requires_grad)
+    names = {id(p): n for n, p in dit.named_parameters()}
+    assert all(w in [names[i] for i in ids(muon)] for w in ("dit.blocks.0.ffn.0.weight", "encoder.hr.convs.0.weight"))
+
+
+def test_training_lowers_the_loss(stage1):
+    found = losses(stage1)
+    assert len(found) == 40 and np.mean(found[-8:]) < 0.85 * np.mean(found[:4])
+    last = json.loads((stage1 / "log.jsonl").read_text().splitlines()[-1])
+    assert {"loss_t0.5", "psnr", "psnr_one_step", "psnr_wrong_memory", "grad_norm"} <= set(last)
+    dit, config = encoder.load_model(stage1 / "model.safetensors")
+    assert (config["stage"], config["step"], config["rate"]) == ("pretrain", 40, "4x4x2")
+    assert sorted(p.name for p in stage1.iterdir()) == ["log.jsonl", "model.safetensors", "preview_000040.png", "state.pt"]
+
+
+@pytest.mark.parametrize("stage", [pretrain, finetune])
+def test_accumulated_gradients_equal_those_of_the_whole_batch(stage, cache, monkeypatch):
+    monkeypatch.setattr(pretrain, "autocast", lambda device: torch.autocast("cpu", enabled=False))
+    none = {"encoder": "none"} if stage is finetune else {}
+    for n in 1, 4:
+        run(stage.main, *flags(cache, out=f"out{n}", micro_batch=n, **none))
+    assert losses("out1") == pytest.approx(losses("out4"), abs=1e-4) and losses("out1")[0] == pytest.approx(losses("out4")[0], abs=1e-5)
+    a, b = (load_file(f"out{n}/model.safetensors") for n in (1, 4))
+    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-3
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(cache, monkeypatch):
+    run(pretrain.main, *flags(cache, out="whole", steps=6))
+
+    def interrupted(config, tools, clips, rows, step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return draw_retrieval(config, tools, clips, rows, step)
+    with monkeypatch.context() as m, pytest.raises(SystemExit) as stop:
+        m.setattr(pretrain, "draw_retrieval", interrupted)
+        run(pretrain.main, *flags(cache, out="parts", steps=6))
+    assert stop.value.code == 143 and len(losses("parts")) == 3
+    run(pretrain.main, *flags(cache, out="parts", steps=6, resume=True))
+    assert losses("parts") == losses("whole")
+    a, b = (load_file(f"{out}/model.safetensors") for out in ("whole", "parts"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_two_processes_train_as_one(cache, tmp_path):
+    script = tmp_path / "tiny.py"               # importing this file adds the preset "tiny"
+    script.write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport test_shapes, pretrain\n"
+                      "pretrain.run_main(pretrain.main)\n")
+    run(pretrain.main, *flags(cache, out="one", steps=4))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script),
+                           *flags(cache, out="two", steps=4)], capture_output=True, text=True, timeout=150,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses("two") == pytest.approx(losses("one"), abs=1e-3)
+    a, b = (load_file(f"{out}/model.safetensors") for out in ("one", "two"))
+    assert a.keys() == b.keys()
+
+
+def test_stage_2_takes_or_keeps_the_encoder(cache, stage1):
+    for name, more in ("trained", {}), ("frozen", {"freeze_encoder": True}), ("fresh", {"encoder": "none"}):
+        run(finetune.main, *flags(cache, out=name, **{"encoder": stage1, **more}))
+    theirs = {k: v for k, v in load_file(stage1 / "model.safetensors").items() if k.startswith("encoder.")}
+    trained, frozen, fresh = (load_file(f"{name}/model.safetensors") for name in ("trained", "frozen", "fresh"))
+    assert theirs and all(torch.equal(frozen[k], v) for k, v in theirs.items())
+    gap = lambda a: sum((a[k] - v).square().sum() for k, v in theirs.items())
+    assert 0 < gap(trained) < 0.5 * gap(fresh)                      # it starts from φ of stage 1 and moves on
+    assert any(not torch.equal(frozen[k], v) for k, v in trained.items() if k.startswith("dit."))
+
+
+def test_a_base_without_memory(cache, tmp_path):
+    run(finetune.main, *flags(cache, out="base", method="none"))
+    assert all(k.startswith("dit.") for k in load_file("base/model.safetensors"))
+    run(pretrain.main, *flags(cache, out="next", init="base/model.safetensors", steps=1, lr=1e-9))
+    a, b = load_file("base/model.safetensors"), load_file("next/model.safetensors")
+    assert all(torch.allclose(b[k], v, atol=1e-6) for k, v in a.items())
+    assert torch.allclose(b["encoder.patch_embedding.weight"], a["dit.patch_embedding.weight"], atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# sample.py
+
+
+def write_checkpoint(path="tiny.safetensors", stage="finetune", preset="tiny", method="proposed", rate="4x4x2", change=None,
+                     claims={}):
+    """A checkpoint of random weights, written as train() does; its config may claim something else."""
+    state = randomize(MemoryDiT(preset, method, rate)).state_dict()
+    if change is not None:
+        change(state)
+    config = dict(dataclasses.asdict(finetune.FinetuneConfig(preset=preset, method=method, rate=rate)), stage=stage, step=7)
+    save_file(state, path, {"config": json.dumps({**config, **claims})})
+    return path
+
+
+def continued(storyboard=(), sections=3, prompts=HashPrompts(16, 24), most=None, **settings):
+    """Latents of `sections` new sections after a random history, and the memory."""
+    dit, codec = randomize(MemoryDiT("tiny")), DCTCodec()
+    memory = Memory(dit, codec, most)
+    memory.append(randn(1, 16, 10, 8, 8))
+    config = sample.SampleConfig(steps=2, **settings)
+    made = sample.continue_video(dit, codec, prompts, memory, list(storyboard), sections, config, (32, 32))
+    return torch.cat([latents for latents, _ in made], 2), memory
+
+
+def test_sampling_depends_on_the_seed_alone():
+    a, b, c = continued(seed=1)[0], continued(seed=1)[0], continued(seed=2)[0]
+    assert a.shape == (1, 16, 12, 8, 8) and a.isfinite().all() and torch.equal(a, b) and (a - c).abs().mean() > 0.1
+    assert torch.equal(continued(seed=1, sections=1)[0], a[:, :, :4])
+
+
+def test_sampling_gives_each_section_its_prompt():
+    said, embed = [], HashPrompts(16, 24)
+    a, _ = continued([(0, "a cat"), (3.5, "a dog")], prompts=lambda text: said.append(text) or embed(text))
+    assert said == ["a cat", "a cat", "a dog"]                      # sections begin at 0, 2 and 4 s
+    b, _ = continued([(0, "a cat")])
+    assert torch.equal(a[:, :, :8], b[:, :, :8]) and (a - b)[:, :, 8:].abs().max() > 1e-3
+
+
+def test_sampling_reads_memory_and_bounds_it():
+    a, everything = continued(sections=5)
+    b, bounded = continued(sections=5, most=2)
+    assert everything.frames == bounded.frames == 30
+    # 7 whole segments of 2 tokens, or the newest 2; and 2 frames of 16 tokens that wait
+    assert everything.context()[0].shape[1] == 7 * 2 + 2 * 16 and bounded.context()[0].shape[1] == 2 * 2 + 2 * 16
+    assert torch.equal(a[:, :, :4], b[:, :, :4]) and (a - b).abs().max() > 1e-3
+
+
+def test_sample_writes_history_then_what_follows(capsys):
+    history, checkpoint = write_video("clip.mp4", 10), write_checkpoint()
+    common = ["--history", "clip.mp4", "--checkpoint", checkpoint, "--seconds", 3, "--prompt", "waves", "--device", "cpu"]
+    run(sample.main, *common, "--steps", 2, "--guidance", 2, "--shift", 3, "--seed", 5, "--save_file", "new/a.mp4")
+    assert "wrote new/a.mp4" in capsys.readouterr().out and Path("new/a.png").is_file()
+    made = read_video("new/a.mp4", 2, 32, 32)
+    assert len(made) == 10 + 8                                      # 3 s are two sections of 2 s
+    assert (made[:10].float() - history.float()).abs().mean() < 4 and made[10:].float().std() > 5
+    # Wan's own names of the flags
+    run(sample.main, *common, "--sample_steps", 2, "--sample_guide_scale", 2, "--sample_shift", 3, "--base_seed", 5,
+        "--save_file", "b.mp4")
+    assert torch.equal(read_video("b.mp4", 2, 32, 32), made)
+    run(sample.main, *common, "--steps", 2, "--guidance", 2, "--shift", 3, "--seed", 6, "--save_file", "c.mp4")
+    assert not torch.equal(read_video("c.mp4", 2, 32, 32), made)
+
+
+def test_sample_takes_the_storyboard_beside_the_clip():
+    config = sample.SampleConfig(history="clip.mp4")
+    assert sample.storyboard_of(config, 10) == []
+    Path("clip.txt").write_text("0s: a cat\n10s: a dog\n13s: a cow")
+    assert sample.storyboard_of(config, 10) == [(-10, "a cat"), (0, "a dog"), (3, "a cow")]
+    assert sample.storyboard_of(dataclasses.replace(config, prompt="a bee"), 10) == [(0, "a bee")]
+
+
+@pytest.mark.parametrize("case", ["one frame", "4 x 4 pixels", "shorter than a segment", "tall", "no memory"])
+def test_sample_takes_odd_clips(case):
+    n, h, w = {"one frame": (1, 32, 32), "4 x 4 pixels": (12, 4, 4), "tall": (12, 50, 22)}.get(case, (3, 32, 32))
+    write_raw("a.mkv", greys(n, h, w), "ffv1", "bgr0", times=[500 * i for i in range(n)])
+    checkpoint = write_checkpoint(method="none" if case == "no memory" else "proposed")
+    run(sample.main, "--history", "a.mkv", "--checkpoint", checkpoint, "--seconds", 2, "--steps", 1, "--save_file", "b.mp4")
+    assert len(read_video("b.mp4", 2, 32, 32)) == n + 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# eval.py
+
+
+def pictures(seed=0):
+    a = (128 + 40 * randn(3, 20, 27, 3, seed=seed)).clamp(0, 255).to(torch.uint8)
+    return a, (a.float() + 25 * randn(3, 20, 27, 3, seed=seed + 1)).clamp(0, 255).to(torch.uint8)
+
+
+def test_ssim_known_values():
+    a, b = pictures()
+    assert torch.allclose(evaluation.ssim(a, a), torch.ones(3).double()) and (evaluation.ssim(a, b) < 0.99).all()
+    flat = lambda level: torch.full((1, 16, 16, 3), level, dtype=torch.uint8)
+    c1 = 2.55**2
+    assert evaluation.ssim(flat(100), flat(140)).item() == pytest.approx((2 * 100 * 140 + c1) / (100**2 + 140**2 + c1))
+    with pytest.raises(UserError, match="11 x 11"):
+        evaluation.ssim(a[:, :10], b[:, :10])
+
+
+def test_ssim_equals_that_of_scikit_image():
+    metrics = pytest.importorskip("skimage.metrics", reason="scikit-image is not installed: pip install scikit-image")
+    a, b = pictures()
+    theirs = [metrics.structural_similarity(x.numpy(), y.numpy(), gaussian_weights=True, sigma=1.5, data_range=255,
+                                            use_sample_covariance=False, channel_axis=-1) for x, y in zip(a, b)]
+    assert evaluation.ssim(a, b).tolist() == pytest.approx(theirs, abs=1e-4)
+
+
+def test_psnr_known_values():
+    a = torch.full((2, 8, 8, 3), 100, dtype=torch.uint8)
+    assert data.psnr(a, a).tolist() == [100, 100]
+    assert data.psnr(a, a + torch.tensor([10, 20]).to(torch.uint8).view(2, 1, 1, 1)).tolist() == pytest.approx(
+        [28.1308, 22.1102], abs=1e-3)
+
+
+def test_interval_covers_the_mean():
+    mean, half = evaluation.interval(torch.tensor([1.0, 2, 3, 4]))
+    assert mean == 2.5 and half == pytest.approx(1.96 * (5 / 3)**0.5 / 2)
+
+
+def test_retrieval_command(stage1, cache, capsys):
+    common = ["retrieval", "--checkpoint", stage1 / "model.safetensors", "--steps", 2, "--cache", cache, "--device", "cpu"]
+    run(evaluation.main, *common, "--clips", 2, "--out", "a.png")
+    said = capsys.readouterr().out
+    values = {line.split()[0]: float(line.split()[1]) for line in said.splitlines() if "±" in line}
+    assert Path("a.png").is_file() and "step 40" in said and {"codec", "retrieved", "wrong_memory", "no_memory"} <= set(values)
+    assert values["codec"] > max(v for k, v in values.items() if k != "codec") and values["codec"] > 20
+    write_video("clip.mp4", 10)
+    run(evaluation.main, *common, "--history", "clip.mp4", "--out", "b.png")
+    assert Path("b.png").is_file()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line: the user's mistakes are one line each, exit code 2, and leave no file
+
+
+@pytest.fixture
+def refused(capsys, tmp_path):
+    def check(main, *flags):
+        before = sorted(tmp_path.rglob("*"))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run(main, *flags)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+        assert sorted(tmp_path.rglob("*")) == before
+        return error
+    return check
+
+
+def test_sample_refuses_bad_histories(refused):
+    checkpoint = write_checkpoint()
+    write_video("good.mp4")
+    Path("text.mp4").write_text("not a video\n" * 50)
+    Path("empty.mp4").touch()
+    Path("cut.mp4").write_bytes(Path("good.mp4").read_bytes()[:300])
+    write_sound("sound.mp4")
+    for name in "missing.mp4", "text.mp4", "empty.mp4", "cut.mp4", "sound.mp4", ".":
+        assert name in refused(sample.main, "--checkpoint", checkpoint, "--history", name)
+    assert "--history" in refused(sample.main, "--checkpoint", checkpoint)
+    same = refused(sample.main, "--checkpoint", checkpoint, "--history", "good.mp4", "--save_file", "./good.mp4")
+    assert "--save_file" in same
+    assert "a.avi" in refused(sample.main, "--checkpoint", checkpoint, "--history", "good.mp4", "--save_file", "a.avi")
+
+
+def test_sample_refuses_bad_settings(refused):
+    write_video("good.mp4")
+    Path("times.txt").write_text("0s: a cat\n0s: a dog")
+    common = [sample.main, "--checkpoint", write_checkpoint(), "--history", "good.mp4"]
+    assert "times.txt, line 2" in refused(*common, "--prompt", "times.txt")
+    assert "none.txt" in refused(*common, "--prompt", "none.txt")
+    assert "--guidance" in refused(*common, "--guidence", "2")
+    for flag, value in (("--steps", 0), ("--seconds", 0), ("--seconds", "nan"), ("--shift", 0), ("--guidance", -1),
+                        ("--memory_seconds", -1), ("--steps", "ten"), ("--device", "abacus"), ("--device", "")):
+        assert flag.strip("-") in refused(*common, f"{flag}={value}")
+
+
+def test_sample_refuses_bad_checkpoints(refused):
+    write_video("good.mp4")
+    torch.save(Bomb(), "pickle.safetensors")
+    nan = lambda state: state["dit.head.head.bias"].fill_(math.nan)
+    for path, says in (
+            (write_checkpoint("nan.safetensors", change=nan), "dit.head.head.bias"),
+            (write_checkpoint("rate.safetensors", claims={"rate": "2x2x2"}), "encoder.hr.convs"),
+            (write_checkpoint("width.safetensors", claims={"preset": "nano"}), "dit.patch_embedding.weight has shape"),
+            (write_checkpoint("stage.safetensors", stage="pretrain"), "pretrain"),
+            ("pickle.safetensors", "pickle.safetensors"), ("missing.safetensors", "missing.safetensors")):
+        assert says in refused(sample.main, "--checkpoint", path, "--history", "good.mp4")
+    assert not Path("exploded").exists()
+
+
+def test_stages_refuse_bad_settings(refused, cache, tmp_path):
+    for flag, value, says in (
+            ("preset", "nanoo", "nano"), ("method", "propsed", "proposed"), ("rate", "3x3x3", "--rate"), ("steps", 0, "--steps"),
+            ("batch", 0, "--batch"), ("mask", "blur", "--mask"), ("step", 3, "--steps"), ("init", "nowhere", "nowhere"),
+            ("data", "nowhere", "nowhere"), ("device", "abacus", "abacus"), ("lr", "fast", "lr")):
+        assert says in refused(pretrain.main, *flags(cache, out=tmp_path / "out", **{flag: value}))
+    assert "state.pt" in refused(pretrain.main, *flags(cache, out=tmp_path / "nowhere", resume=True))
+
+
+def test_stages_refuse_checkpoints_of_another_kind(refused, cache, stage1):
+    wide = {k: torch.cat([v, v]) if v.ndim == 1 else v for k, v in randomize(DiT(TINY.dit)).state_dict().items()}
+    save_file(wide, "wide.safetensors")
+    torch.save(Bomb(), "pickle.safetensors")
+    common = lambda **changes: flags(cache, out="out", **changes)
+    assert "shape" in refused(pretrain.main, *common(init="wide.safetensors"))
+    assert "pickle.safetensors" in refused(pretrain.main, *common(init="pickle.safetensors"))
+    assert "--encoder" in refused(finetune.main, *common(encoder=stage1, rate="2x2x2"))
+    assert "--encoder" in refused(finetune.main, *common(encoder=stage1, method="only-lr"))
+    assert "nowhere" in refused(finetune.main, *common(encoder="nowhere"))
+    assert "finetune" in refused(finetune.main, *common(encoder=write_checkpoint(stage="finetune")))
+    assert "finetune" in refused(evaluation.main, "retrieval", "--checkpoint", "tiny.safetensors")
+    assert not Path("exploded").exists()
+
+
+def test_eval_refuses_unknown_commands_and_flags(refused):
+    assert "retrieval" in refused(evaluation.main, "retrievel")
+    assert "--checkpoint" in refused(evaluation.main, "retrieval", "--chekpoint", "x")
+    assert "missing.safetensors" in refused(evaluation.main, "retrieval", "--checkpoint", "missing.safetensors")
+
+
+@pytest.mark.parametrize("script", [pretrain, finetune, sample])
+def test_help_describes_every_flag(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(script.main, "--help")
+    said = capsys.readouterr().out
+    assert not stop.value.code and "--seed" in said and "python" in said
+    config = {pretrain: pretrain.PretrainConfig, finetune: finetune.FinetuneConfig, sample: sample.SampleConfig}[script]
+    comments = data.field_help(config)
+    assert all(comments.get(f.name) and f"--{f.name}" in said for f in dataclasses.fields(config))
+
+
+def test_exit_code_of_the_real_process():
+    done = subprocess.run([sys.executable, str(HERE / "sample.py"), "--history", "missing.mp4", "--init", "random"],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The shipped weights
+
+SHIPPED = HERE / "checkpoints" / "nano.safetensors"
+
+
+@pytest.mark.skipif(not SHIPPED.is_file(), reason="needs checkpoints/nano.safetensors")
+@torch.no_grad()
+def test_shipped_model_remembers(tmp_path):
+    """The next section of 8 held-out stories: clearly better with the memory of its own story than with another's."""
+    dit, config = encoder.load_model(SHIPPED)
+    assert config["stage"] == "finetune" and config["preset"] == "nano"
+    preset, codec = PRESETS["nano"], DCTCodec()
+    tools = Tools(preset, codec, data.make_prompts(preset), dit.encoder)
+    clips = world_clips("held-out", 8, preset, codec, tmp_path, keep_pixels=True).clips
+    hr = torch.stack([clip.latents[:, :40].float() for clip in clips])
+    truth, text = torch.stack([clip.pixels[40:44] for clip in clips]), torch.stack([tools.prompts(c.prompt(40)) for c in clips])
+    scores = {}
+    for name, history in ("right", hr), ("wrong", hr.roll(1, 0)), ("none", None):
+        memory = None if history is None else dit.encode(history, pretrain.downsample(tools, history))
+        x = euler(dit.dit, randn(8, 16, 4, 16, 16), text, torch.arange(40, 44), memory, steps=10)
+        scores[name] = data.psnr(to_frames(codec.decode(x)), truth).mean().item()
+    assert scores["right"] > scores["wrong"] + 3 and scores["right"] > scores["none"], scores
