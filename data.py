@@ -236,7 +236,7 @@ def encode_video(path, preset, codec, cache):
     if not file.exists():
         frames = read_video(path, preset.fps, *nearest_size(preset, video_info(path)))
         with whole_file(file) as part:
-            save_file({"latents": codec.encode(to_pixels(frames)[None])[0].half()}, part)
+            save_file({"latents": codec.encode(to_pixels(frames)[None])[0].half().contiguous()}, part)
     return load_file(file)["latents"]
 
 

@@ -89,15 +89,16 @@ def retrieve(model, tools, clips, config, device):
     results = {}
     for first in tqdm(range(0, len(clips), config.batch), desc="retrieving"):
         rows = range(first, min(first + config.batch, len(clips)))
-        batch = draw_retrieval(settings, tools, [clips[i] for i in rows], rows, 0).to(device)
-        other = batch.with_memory_of_another()
+        batch = draw_retrieval(settings, tools, clips, rows, 0).to(device)
+        other = draw_retrieval(settings, tools, clips, [(row + 1) % len(clips) for row in rows], 0).to(device)
         made = {"truth": batch.truth, "codec": batch.target}
         with autocast(device):
-            memory = model.encode(batch.hr, batch.lr)
-            for name, m, steps in (("retrieved", memory, config.steps), ("one_step", memory, 1),
-                                   ("wrong_memory", model.encode(other.hr, other.lr), config.steps),
-                                   ("no_memory", None, config.steps)):
-                made[name] = euler(model.dit, batch.noise, batch.text, batch.frames, m, steps).float()
+            memories = {"retrieved": model.encode(batch.hr, batch.lr), "no_memory": None}
+            if len(clips) > 1:
+                memories["wrong_memory"] = model.encode(other.hr, other.lr)
+            sample = lambda memory, steps: euler(model.dit, batch.noise, batch.text, batch.frames, memory, steps).float()
+            made["one_step"] = sample(memories["retrieved"], 1)
+            made.update({name: sample(memory, config.steps) for name, memory in memories.items()})
         for name, x in made.items():
             results.setdefault(name, []).append((x if name == "truth" else to_frames(tools.codec.decode(x))).cpu())
     return {name: torch.cat(x) for name, x in results.items()}

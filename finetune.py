@@ -28,24 +28,24 @@ class FinetuneConfig(Config):
 
 def draw_continuation(config, tools, clips, rows, step):
     """Stage 2: a history of one length a batch, all that the next section asks for seen in it; the target is that section.
+    clips: the global batch; rows: those to return.
 
-    Half of the histories do not begin at a section's start, so that their segments straddle the cuts and their last
-    frames wait uncompressed, as they do when one's own clip is continued.
+    Half of the histories begin 1-3 frames (of nano) before a section does: their segments straddle the cuts, and their
+    last frames wait uncompressed, as they do when one's own clip is continued.
     """
     section = tools.preset.section
     g = generator(config.seed, step)
-    longest = tools.preset.history // section
-    lengths = [n for n in range(1, longest + 1) if all(clip.targets(n, section) for clip in clips)]
-    if not lengths:
-        raise UserError("a clip is shorter than one segment and one section: give longer clips")
+    waiting = int(torch.randint(section, (), generator=g)) * int(torch.randint(2, (), generator=g))
+    waiting = min(waiting, *(clip.frames - 2 * section for clip in clips))
+    longest = (tools.preset.history - waiting) // section
+    begins = lambda clip, n: [b for b in clip.targets(n, section) if b >= n * section + waiting]    # of possible targets
+    lengths = [n for n in range(1, longest + 1) if all(begins(clip, n) for clip in clips)]
     length = lengths[int(torch.randint(len(lengths), (), generator=g))]
-    waiting = int(torch.randint(section, (), generator=g)) if torch.rand((), generator=g) < 0.5 else 0
     parts = []
-    for clip, row in zip(clips, rows):
-        g = generator(config.seed, step, row)
-        targets = clip.targets(length, section)
-        begin = targets[int(torch.randint(len(targets), (), generator=g))]      # first frame of the target
-        first = begin - length * section + (section - waiting) % section
+    for row in rows:
+        clip, g = clips[row], generator(config.seed, step, row)
+        begin = begins(clip, length)[int(torch.randint(len(begins(clip, length)), (), generator=g))]
+        first = begin - length * section - waiting
         hr = clip.latents[None, :, first:begin].float()                         # (1, C, F, H, W)
         target = clip.latents[None, :, begin:begin + section].float()
         prompt = clip.prompt(begin) if torch.rand((), generator=g) >= config.text_drop else ""
@@ -56,22 +56,25 @@ def draw_continuation(config, tools, clips, rows, step):
     return collate(parts)
 
 
-def load_encoder(encoder, config):
-    """φ as stage 1 left it. Refuses a run of another rate, method or preset."""
+def encoder_file(config):
+    """The weights of --encoder; refuses a run of another preset, method or rate. None for a fresh φ, or none at all."""
+    if config.method == "none" or config.encoder == "none":
+        return None
     path = Path(config.encoder)
     path = path / "model.safetensors" if path.is_dir() else path
     theirs = read_metadata(path)
     for key in ("preset", "method", "rate"):
-        if theirs[key] != getattr(config, key):
-            raise UserError(f"--encoder {config.encoder} has --{key} {theirs[key]}, but {getattr(config, key)} is asked for")
-    load_weights(encoder, [path], lambda name: name.removeprefix("encoder.") if name.startswith("encoder.") else None)
+        if theirs.get(key) != getattr(config, key):
+            raise UserError(f"--encoder {config.encoder} has --{key} {theirs.get(key)}, but {getattr(config, key)} is asked for")
+    return path
 
 
 def main():
     config = parse_flags(FinetuneConfig, __doc__)
+    encoder = encoder_file(config)
     model, *rest = setup(config)
-    if model.encoder is not None and config.encoder != "none":
-        load_encoder(model.encoder, config)
+    if encoder:
+        load_weights(model.encoder, [encoder], lambda name: name.removeprefix("encoder.") if name.startswith("encoder.") else None)
     if config.freeze_encoder:
         model.encoder.requires_grad_(False)
     train(config, "finetune", draw_continuation, replace(config, text_drop=0.0), model, *rest)

@@ -84,10 +84,6 @@ class Batch:
     def to(self, device):
         return Batch(**{k: v if v is None else v.to(device, non_blocking=True) for k, v in vars(self).items()})
 
-    def with_memory_of_another(self):
-        """The same questions to the memory of the next clip."""
-        return Batch(**{**vars(self), "hr": self.hr.roll(1, 0), "lr": self.lr.roll(1, 0)})
-
 
 def generator(*key):
     """A random generator for this key alone, e.g. (seed, step, row): the same for any number of processes, and after a
@@ -106,9 +102,9 @@ class Tools:
 
 
 def whole(tools, n_frames):
-    """How many of n_frames latents are whole segments (one at least)."""
-    n = n_frames // tools.preset.section * tools.preset.section
-    return n + (n_frames > n and tools.codec.causal)
+    """How many of n_frames latents are whole segments, after the lone first one of a causal codec."""
+    lone, section = int(tools.codec.causal), tools.preset.section
+    return lone + (n_frames - lone) // section * section
 
 
 def downsample(tools, hr):
@@ -119,11 +115,11 @@ def downsample(tools, hr):
 
 
 def draw_retrieval(config, tools, clips, rows, step):
-    """Stage 1: choose Ω in a history of each clip; the target is H_Ω. rows: the place of each clip in the global batch."""
+    """Stage 1: choose Ω in a history of each clip; the target is H_Ω. clips: the global batch; rows: those to return."""
     history = min(tools.preset.history, *(whole(tools, clip.frames) for clip in clips))
     parts = []
-    for clip, row in zip(clips, rows):
-        g = generator(config.seed, step, row)
+    for row in rows:
+        clip, g = clips[row], generator(config.seed, step, row)
         first = int(torch.randint(clip.frames - history + 1, (), generator=g))
         hr = clip.latents[None, :, first:first + history].float()               # (1, C, F, H, W)
         omega = torch.randperm(history, generator=g)[:config.queries].sort().values
@@ -295,11 +291,12 @@ FIGURES = (*(f"loss_t{t}" for t in LOSS_TIMES), "psnr_one_step", "psnr", "psnr_w
 
 @torch.no_grad()
 def evaluate(config, tools, draw, model, clips, rows, device):
-    """Sums of FIGURES over some held-out clips of one size, the same at every call: the loss at fixed t; PSNR (dB, against
-    the original pixels) of one step from pure noise (the conditional mean) and of the full sampler; and of the sampler
-    with the memory of another clip, which must be clearly worse if the memory is read at all. And (truth, result) frames."""
+    """Sums of FIGURES over some rows of held-out clips of one size, the same at every call: the loss at fixed t; PSNR (dB,
+    against the original pixels) of one step from pure noise (the conditional mean) and of the full sampler; and of the
+    sampler with the memory of the next clip, which must be clearly worse if the memory is read at all. And (truth, result)
+    frames."""
     batch = draw(config, tools, clips, rows, 0).to(device)
-    other = batch.with_memory_of_another()
+    other = draw(config, tools, clips, [(row + 1) % len(clips) for row in rows], 0).to(device)
     with autocast(device):
         sums = [model(batch.hr, batch.lr, batch.target, batch.frames, batch.noise, torch.full_like(batch.t, t), batch.text).sum()
                 for t in LOSS_TIMES]
@@ -315,13 +312,13 @@ def evaluate_all(config, tools, draw, model, clips, rank, world, device):
     """Means of FIGURES over all held-out clips, which the processes share; and pictures of this process's first ones."""
     sums, pictures = torch.zeros(len(FIGURES) + 1, dtype=torch.float64), None
     for members in clips.sizes.values():                            # a batch is of one size
-        rows = members[rank::world]
+        rows = range(rank, len(members), world)
         if rows:
-            figures, made = evaluate(config, tools, draw, model, [clips[i] for i in rows], rows, device)
+            figures, made = evaluate(config, tools, draw, model, [clips[i] for i in members], rows, device)
             sums += torch.cat([figures.cpu(), torch.tensor([float(len(rows))])])
             pictures = pictures or made
     if world > 1:
-        sums = sums.to(device)
+        sums = sums.float().to(device)
         dist.all_reduce(sums)
     figures = dict(zip(FIGURES, (sums[:-1] / sums[-1]).tolist()))
     if model.encoder is None:
@@ -341,7 +338,6 @@ def preview(path, truth, result, n_clips=4):
 def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank, world, device):
     """Train `model` on `clips`: draw(config, tools, clips, rows, step) says what to denoise. One loss, both stages."""
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     model.to(device)
     ema = EMA(model, config.ema)
     optimizers = make_optimizers(model, config.lr)
@@ -352,10 +348,11 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
     ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else model
     mine = range(rank, config.batch, world)                         # rows of the global batch that are this process's
     micros = [mine[i:i + config.micro_batch] for i in range(0, len(mine), config.micro_batch)]
+    out.mkdir(parents=True, exist_ok=True)
     log = (out / "log.jsonl").open("a") if rank == 0 else None
-    stopping = []                                                   # Ctrl-C and SIGTERM: finish the step, save, leave
+    signals = []                                                    # Ctrl-C and SIGTERM: finish the step, save, leave
     for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, lambda number, frame: stopping.append(number))
+        signal.signal(s, lambda number, frame: signals.append(number))
 
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc=stage, disable=rank > 0)
     started = time.time()
@@ -364,26 +361,29 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
             for group in optimizer.param_groups:
                 group["lr"] = peak * learning_rate(step, config)
         total = torch.zeros((), device=device)
-        order = clips.batch(step, config.batch, config.seed)
-        for i, rows in enumerate(micros):
-            batch = draw(config, tools, [clips[order[r]] for r in rows], rows, step).to(device)
-            last = i == len(micros) - 1
-            with autocast(device), ddp.no_sync() if world > 1 and not last else contextlib.nullcontext():
+        batch_clips = [clips[i] for i in clips.batch(step, config.batch, config.seed)]
+        for rows in micros:
+            batch = draw(config, tools, batch_clips, rows, step).to(device)
+            synchronise = world == 1 or rows is micros[-1]
+            with autocast(device), contextlib.nullcontext() if synchronise else ddp.no_sync():
                 loss = ddp(batch.hr, batch.lr, batch.target, batch.frames, batch.noise, batch.t, batch.text).sum()
                 (loss * world / config.batch).backward()            # DDP averages over processes: undo it
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(ema.params, config.clip_grad)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        ema.update(step)
+        if norm.isfinite():                                         # the same on every process: gradients are shared
+            for optimizer in optimizers:
+                optimizer.step()
+            ema.update(step)
+        model.zero_grad(set_to_none=True)
+        shared = torch.stack([total, torch.full_like(total, max(signals, default=0))])
         if world > 1:
-            dist.all_reduce(total)
-        record = {"step": step + 1, "loss": total.item() / config.batch, "grad_norm": norm.item()}
+            dist.all_reduce(shared[:1])
+            dist.all_reduce(shared[1:], dist.ReduceOp.MAX)          # a signal to one stops all after the same step
+        record = {"step": step + 1, "loss": shared[0].item() / config.batch, "grad_norm": norm.item()}
+        stop = int(shared[1])
         bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
 
-        done = step + 1 == config.steps or stopping
-        if done or (step + 1) % config.save_every == 0:
+        if stop or step + 1 == config.steps or (step + 1) % config.save_every == 0:
             record["minutes"] = round((time.time() - started) / 60, 2)
             with ema.swapped():
                 figures, pictures = evaluate_all(eval_config, tools, draw, model, held_out, rank, world, device)
@@ -395,18 +395,19 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
         if log:
             log.write(json.dumps(record) + "\n")
             log.flush()
-        if stopping:
-            tqdm.write(f"stopped by a signal after step {step + 1}, saved in {out}; go on with --resume")
-            raise SystemExit(128 + stopping[0])
+        if stop:
+            if rank == 0:
+                tqdm.write(f"stopped by a signal after step {step + 1}, saved in {out}; go on with --resume")
+            raise SystemExit(128 + stop)
     if rank == 0:
         print(f"{stage} done: weights {out / 'model.safetensors'}, figures {out / 'log.jsonl'}, pictures {out}/preview_*.png")
 
 
-def check(config, allowed=("nano", "small")):
+def check(config):
     """Refuse what cannot work before anything is loaded."""
     if config.preset not in PRESETS:
         raise UserError(f"--preset {config.preset}: choose one of {', '.join(PRESETS)}")
-    for key in ("steps", "batch", "micro_batch", "save_every", "held_out", "sample_steps"):
+    for key in ("steps", "batch", "micro_batch", "save_every", "held_out", "sample_steps", "clips"):
         if getattr(config, key) < 1:
             raise UserError(f"--{key} {getattr(config, key)}: must be at least 1")
 
@@ -415,6 +416,8 @@ def setup(config):
     """All that both stages build first: processes, model with the base DiT in it, data."""
     check(config)
     rank, world, device = start_processes(config)
+    if config.batch < world:
+        raise UserError(f"--batch {config.batch}: must be at least the number of processes, {world}")
     torch.manual_seed(config.seed)
     model = MemoryDiT(config.preset, config.method, config.rate)
     load_base(model.dit, config.init)

@@ -109,9 +109,10 @@ def main():
     most = math.ceil(config.memory_seconds / seconds_a_section) if config.memory_seconds else None
     memory = Memory(model, codec, most)
     kept = history if most is None else history[-most * preset.section * codec.stride[0]:]
+    latents = codec.encode(to_pixels(kept)[None].to(device))
     with autocast(device):
-        memory.append(codec.encode(to_pixels(kept)[None].to(device)))
-    context = memory.context()
+        memory.append(latents)
+        context = memory.context()
     tokens = 0 if context is None else context[0].shape[1]
     print(f"history: {len(history) / preset.fps:g} s, {len(history)} frames; memory: {tokens} tokens for "
           f"{len(kept) / preset.fps:g} s (uncompressed: {memory.uncompressed})")

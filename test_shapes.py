@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import os
-import pickle
 import signal
 import struct
 import subprocess
@@ -103,7 +102,8 @@ def clips(cache):
 # ---------------------------------------------------------------------------------------------------------------------
 # model.py
 
-CONFIG = DiTConfig(dim=48, ffn_dim=80, heads=2, layers=2, in_dim=4, out_dim=4, text_dim=16, text_len=6, freq_dim=32)
+# a width a head of 20 gives the axes of RoPE unequal shares, 8 + 6 + 6
+CONFIG = DiTConfig(dim=40, ffn_dim=80, heads=2, layers=2, in_dim=4, out_dim=4, text_dim=16, text_len=6, freq_dim=32)
 
 
 def plain_dit(w, c, x, t, text, frames, tokens, places):
@@ -126,13 +126,13 @@ def plain_dit(w, c, x, t, text, frames, tokens, places):
 
     d = c.dim // c.heads
     axes = (d - 4 * (d // 6), 2 * (d // 6), 2 * (d // 6))
-    angles = torch.cat([places[:, a, None] * 10000.0**(-torch.arange(0, n, 2).double() / n) for a, n in enumerate(axes)], 1)
-    turn = lambda y: torch.view_as_real(
-        torch.view_as_complex(y.unflatten(-1, (-1, 2))) * torch.exp(1j * angles)[:, None]).flatten(-2)
+    angles = [places[:, a, None] * 10000.0**(-torch.arange(0, n, 2).double() / n) for a, n in enumerate(axes)]
+    phases = torch.exp(1j * torch.cat(angles, 1))[:, None]                                # (tokens, 1, d / 2)
+    turn = lambda y: torch.view_as_real(torch.view_as_complex(y.unflatten(-1, (-1, 2))) * phases).flatten(-2)
 
     def attention(name, y, z, rotated):
-        q, k, v = rms(f"{name}.norm_q", linear(f"{name}.q", y)), rms(f"{name}.norm_k", linear(f"{name}.k", z)), linear(f"{name}.v", z)
-        q, k, v = heads(q), heads(k), heads(v)
+        q, k = rms(f"{name}.norm_q", linear(f"{name}.q", y)), rms(f"{name}.norm_k", linear(f"{name}.k", z))
+        q, k, v = heads(q), heads(k), heads(linear(f"{name}.v", z))
         q, k = (turn(q), turn(k)) if rotated else (q, k)
         weights = (torch.einsum("nhd,mhd->hnm", q, k) / d**0.5).softmax(-1)
         return linear(f"{name}.o", torch.einsum("hnm,mhd->nhd", weights, v).flatten(1))
@@ -165,12 +165,13 @@ def test_dit_equals_a_plain_one(M):
     dit = tiny_dit()
     x, text, t = randn(2, 4, 3, 4, 6), randn(2, 5, 16, seed=1), torch.tensor([731.0, 12.5])
     frames = torch.tensor([[0, 1, 2], [17.25, 40, 3]])
-    tokens, places = randn(2, M, 48, seed=2), 20 * randn(2, M, 3, seed=3)
+    tokens, places = randn(2, M, 40, seed=2), 20 * randn(2, M, 3, seed=3)
     v = dit(x, t, text, frames, (tokens, places) if M else None)
     assert v.std() > 0.1
     w = {name: p.double() for name, p in dit.state_dict().items()}
     for b in range(2):
-        plain = plain_dit(w, CONFIG, x[b].double(), t[b].item(), text[b].double(), frames[b], tokens[b].double(), places[b])
+        doubles = (x[b].double(), t[b].item(), text[b].double(), frames[b], tokens[b].double(), places[b])
+        plain = plain_dit(w, CONFIG, *doubles)
         assert (v[b] - plain).abs().max() < 1e-5
 
 
@@ -188,7 +189,7 @@ def test_dit_equals_wan(name, case):
     dit.load_state_dict({k[2:]: v for k, v in tensors.items() if k.startswith("w.")}, strict=True)
     assert f"in.{case}.x0" in tensors
     for i in range(about["cases"][case]["batch"]):
-        x, context, out = (tensors[f"{k}.{case}.{n}{i}"][None] for k, n in (("in", "x"), ("in", "context"), ("out", "x")))
+        x, context, out = (tensors[f"{n}{i}"][None] for n in (f"in.{case}.x", f"in.{case}.context", f"out.{case}.x"))
         assert (dit(x, tensors[f"in.{case}.t"][i:i + 1], context) - out).abs().max() < 1e-5
 
 
@@ -201,13 +202,13 @@ def test_dit_has_as_many_parameters_as_wan(preset, count):
 @torch.no_grad()
 def test_dit_memory_and_positions():
     dit, x, t, text = tiny_dit(), randn(1, 4, 2, 4, 4), torch.tensor([400.0]), randn(1, 6, 16)
-    tokens, places = randn(1, 3, 48), randn(3, 3)
+    tokens, places = randn(1, 3, 40), randn(3, 3)
     alone = dit(x, t, text)
     assert torch.equal(alone, dit(x, t, text, None, (tokens[:, :0], places[:0])))
     near = dit(x, t, text, torch.tensor([5, 6]), (tokens, places))
     assert (near - alone).abs().max() > 1e-3
     swapped = dit(x, t, text, torch.tensor([5, 6]), (tokens[:, [2, 0, 1]], places[[2, 0, 1]]))
-    assert torch.allclose(near, swapped, atol=1e-5)                 # a memory token's place in the sequence means nothing
+    assert torch.allclose(near, swapped, atol=1e-5)                 # a token's place in the sequence means nothing
     # only distances count, and there is no longest video: RoPE's own table ends at 1024
     far = dit(x, t, text, torch.tensor([5005, 5006]), (tokens, places + torch.tensor([5000, 0, 0])))
     assert torch.allclose(near, far, atol=1e-4)
@@ -215,7 +216,7 @@ def test_dit_memory_and_positions():
 
 
 def test_dit_gradient_reaches_memory():
-    dit, tokens = tiny_dit(), randn(1, 3, 48).requires_grad_()
+    dit, tokens = tiny_dit(), randn(1, 3, 40).requires_grad_()
     results = []
     for dit.checkpointing in (False, True):
         dit.zero_grad()
@@ -236,7 +237,8 @@ def test_attend_is_softmax_attention_at_any_length():
 
 def test_flow_runs_from_data_to_noise():
     x0, noise = randn(2, 4, 3, 2, 2), randn(2, 4, 3, 2, 2, seed=1)
-    assert torch.equal(add_noise(x0, noise, torch.zeros(2)), x0) and torch.equal(add_noise(x0, noise, torch.ones(2)), noise)
+    assert torch.equal(add_noise(x0, noise, torch.zeros(2)), x0)
+    assert torch.equal(add_noise(x0, noise, torch.ones(2)), noise)
     assert torch.allclose(add_noise(x0, noise, torch.tensor([0.25, 1]))[0], 0.75 * x0[0] + 0.25 * noise[0])
     t, seen = torch.tensor([0.3, 0.8]), []
     zero = lambda x, t, *rest: seen.append((x, t)) or torch.zeros_like(x)
@@ -311,7 +313,7 @@ class Bomb:
     (lambda s: s.update({"head.head.bias": torch.ones(3)}), "head.head.bias has shape \\(3,\\), expected \\(16,\\)"),
     (lambda s: s["blocks.0.norm3.bias"].fill_(math.nan), "blocks.0.norm3.bias"),
     (lambda s: s["blocks.0.norm3.bias"].fill_(-math.inf), "blocks.0.norm3.bias"),
-    ("truncated", "a.safetensors"), ("pickle", "a.safetensors"), ("empty", "a.safetensors"), ("missing", "a.safetensors")])
+    *((damage, "a.safetensors") for damage in ("truncated", "pickle", "empty", "missing"))])
 def test_weights_that_do_not_fit_change_nothing(tmp_path, damage, says):
     path = tmp_path / "a.safetensors"
     state = {k: v.clone() for k, v in tiny_dit(seed=1).state_dict().items()}
@@ -369,7 +371,8 @@ def make_encoder(method="proposed", rate="4x4x2", preset="tiny", seed=0):
 def box_mean(hr, rate):
     """Latents averaged over whole segments of (frames, rows, columns); a causal codec's lone first one by itself."""
     lone = hr.shape[2] % 4
-    parts = [pad_replicate(part, (rate[0], 2 * rate[1], 2 * rate[2])) for part in (hr[:, :, :lone], hr[:, :, lone:]) if part.shape[2]]
+    whole = (rate[0], 2 * rate[1], 2 * rate[2])
+    parts = [pad_replicate(part, whole) for part in (hr[:, :, :lone], hr[:, :, lone:]) if part.shape[2]]
     return torch.cat([F.avg_pool3d(part, rate) for part in parts], 2)
 
 
@@ -453,43 +456,42 @@ def test_memory_is_bounded():
     assert memory.uncompressed == 8 * 16 and Memory(MemoryDiT("tiny", "none"), codec).context() is None
 
 
-def response(encoder, codec, x, block, size):
-    """How much each token changes (M,) when the middle of a block of latents does; and the positions."""
-    y = x.clone()
-    middle = [slice(i * s + (s - 1) // 2, i * s + s // 2 + 1) for i, s in zip(block, size)]
-    y[(..., *middle)] += 1
-    a, b = (encoder(z, codec.downsample(z, encoder.rate)) for z in (x, y))
-    return (a[0] - b[0])[0].square().sum(-1), a[1]
+def without_attention(encoder):
+    """Attention sees the whole segment, and its rotations tell left from right: for tests of where things are."""
+    for p in encoder.hr.attention.o.parameters():
+        p.data.zero_()
+    return encoder
 
 
-@pytest.mark.parametrize("rate", ["4x4x2", "2x2x1"])
+@pytest.mark.parametrize("rate", ["4x4x2", "8x8x1"])
+@pytest.mark.parametrize("method", ["only-lr", "without-lr", "proposed"])
 @torch.no_grad()
-def test_encoder_blocks_answer_where_they_are(rate):
-    """An impulse in the middle of a block moves the token that stands there, and its neighbours evenly."""
-    codec, block = DCTCodec(), (1, 1, 2)
-    for method in "only-lr", "without-lr", "proposed":
-        energy = 0
-        for seed in range(8):
-            encoder = make_encoder(method, rate, "tiny", seed)
-            t, h, w = encoder.rate
-            x = randn(1, 16, 4, 2 * 3 * h, 2 * 4 * w, seed=seed)
-            change, positions = response(encoder, codec, x, block, (t, 2 * h, 2 * w))
-            energy = energy + change / change.sum()
-        centre = torch.tensor([t + (t - 1) / 2, h + (h - 1) / 2, 2 * w + (w - 1) / 2])
-        assert torch.equal(positions[energy.argmax()], centre)
-        mass = (energy[:, None] * positions).sum(0) / energy.sum()
-        assert ((mass - centre).abs()[1:] < 0.15 * torch.tensor([h, w])).all(), (method, mass, centre)
-        if method == "only-lr":
-            assert (energy > 1e-9).sum() == 1
+def test_encoder_blocks_answer_where_they_are(method, rate):
+    """A change in the middle of a block moves the token that stands there most, and its neighbours evenly."""
+    codec, energy = DCTCodec(), 0
+    for seed in range(40):
+        encoder = make_encoder(method, rate, "tiny", seed)
+        encoder = encoder if method == "only-lr" else without_attention(encoder)
+        t, h, w = encoder.rate
+        x = randn(1, 16, 4, 2 * 3 * h, 2 * 5 * w, seed=seed)
+        y = x.clone()
+        y[:, :, :, 3 * h - 1:3 * h + 1, 5 * w - 1:5 * w + 1] += 1       # the middle of block (1, 2)
+        (a, positions), (b, _) = (encoder(z, codec.downsample(z, encoder.rate)) for z in (x, y))
+        change = (a - b)[0].square().sum(-1).view(4 // t, 15).sum(0)
+        energy = energy + change / change.sum()
+    positions, centre = positions[:15, 1:], torch.tensor([h + (h - 1) / 2, 2 * w + (w - 1) / 2])
+    assert torch.equal(positions[energy.argmax()], centre)
+    mass = (energy[:, None] * positions).sum(0) / energy.sum()
+    assert ((mass - centre).abs() < 0.1 * torch.tensor([h, w])).all()
+    if method == "only-lr":
+        assert (energy > 1e-9).sum() == 1
 
 
 @pytest.mark.parametrize("rate", ["4x4x2", "2x2x2", "2x2x1", "8x8x1"])
 @torch.no_grad()
 def test_encoder_high_resolution_branch_is_centred(rate):
     """With mirror-symmetric kernels a mirrored video must give mirrored tokens: no stride may lean to one side."""
-    encoder = make_encoder("without-lr", rate)
-    for p in encoder.hr.attention.o.parameters():                   # its rotations know left from right
-        p.zero_()
+    encoder = without_attention(make_encoder("without-lr", rate))
     for conv in encoder.hr.convs:
         for axis in 2, 3, 4:
             conv.weight.copy_((conv.weight + conv.weight.flip(axis)) / 2)
@@ -565,7 +567,8 @@ def test_dct_codec_is_a_linear_map_with_orthonormal_rows():
     assert torch.allclose(codec.basis @ codec.basis.T, torch.eye(16), atol=1e-6)
     assert torch.allclose(codec.encode(codec.decode(z)), z, atol=1e-5)
     flat = torch.full((1, 3, 1, 8, 8), 0.5)
-    assert torch.allclose(codec.decode(codec.encode(flat)), flat, atol=1e-6) and codec.encode(flat)[:, 1:].abs().max() < 1e-6
+    assert torch.allclose(codec.decode(codec.encode(flat)), flat, atol=1e-6)
+    assert codec.encode(flat)[:, 1:].abs().max() < 1e-6
 
 
 def test_dct_codec_on_stories():
@@ -589,7 +592,8 @@ def test_pixels_survive_the_file_boundary():
     frames = torch.arange(256).to(torch.uint8).view(1, 16, 16, 1).repeat(1, 1, 1, 3)
     pixels = to_pixels(frames)
     assert pixels.shape == (3, 1, 16, 16) and pixels.aminmax() == (-1, 1) and torch.equal(to_frames(pixels), frames)
-    assert to_frames(torch.tensor([-5.0, 5.0]).view(1, 2, 1, 1).expand(3, 2, 1, 1)).flatten().tolist() == [0] * 3 + [255] * 3
+    outside = torch.tensor([-5.0, -1, 1, 5]).view(1, 4, 1, 1).expand(3, 4, 1, 1)
+    assert to_frames(outside)[:, 0, 0, 1].tolist() == [0, 0, 255, 255]
 
 
 def test_hash_prompts():
@@ -601,7 +605,7 @@ def test_hash_prompts():
     assert torch.equal(a[4], torch.zeros(16)) and not prompts("").any() and not prompts(" ,. ").any() and b.any(1).all()
     words = torch.stack([torch.from_numpy(data.hash_word(w, 64)) for w in "one two three four five six".split()])
     assert (torch.corrcoef(words) - torch.eye(6)).abs().max() < 0.6 and 0.8 < words.var() < 1.2
-    assert data.hash_word("cat", 3).tolist() == pytest.approx([2.32206, -0.77695, -1.08425], abs=1e-5)     # shipped weights rely on it
+    assert data.hash_word("cat", 3).tolist() == pytest.approx([2.32206, -0.77695, -1.08425], 1e-4)  # weights rely on it
 
 
 def test_clips_cover_every_clip_once_an_epoch():
@@ -609,10 +613,11 @@ def test_clips_cover_every_clip_once_an_epoch():
     clips = Clips([Clip(torch.zeros(16, 4, *size), []) for size in sizes])
     epoch = [clips.batch(step, 3, seed=0) for step in range(6)]
     assert all(len(batch) == 3 and len({sizes[i] for i in batch}) == 1 for batch in epoch)
-    assert sorted(i for batch in epoch for i in batch) == [*range(15), 15, 15, 15]      # a small bucket repeats its clips
+    assert sorted(i for batch in epoch for i in batch) == [*range(15), 15, 15, 15]      # a small bucket repeats clips
     again = Clips(clips.clips)
     assert [again.batch(step, 3, seed=0) for step in reversed(range(12))][::-1][:6] == epoch
-    assert [clips.batch(step, 3, seed=0) for step in range(6, 12)] != epoch != [clips.batch(s, 3, seed=1) for s in range(6)]
+    assert epoch != [clips.batch(step, 3, seed=0) for step in range(6, 12)]
+    assert epoch != [clips.batch(step, 3, seed=1) for step in range(6)]
 
 
 def test_world_clips_are_cached(tmp_path, monkeypatch):
@@ -635,7 +640,7 @@ def test_clips_ask_only_for_what_was_seen(clips):
     for clip in clips:
         for n in range(1, 11):
             targets = clip.targets(n, 4)
-            assert n < 10 or targets == [40, 44, 48]
+            assert n < 10 or 40 in targets
             for begin in targets:
                 asked = clip.story.shots[begin // 4]
                 seen = [s for s in clip.story.shots[begin // 4 - n:begin // 4] if s.framing == 0]
@@ -650,7 +655,7 @@ def write_video(path, n=10, seed=0, size=32):
     y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
     waves = [torch.sin(x / 5 + y / (4 + c) + 0.5 * f + seed) for f in range(n) for c in range(3)]
     frames = (100 + 80 * torch.stack(waves)).view(n, 3, size, size).permute(0, 2, 3, 1).to(torch.uint8)
-    with VideoWriter(path, 2, size, size, scale=1) as w:
+    with VideoWriter(path, 2, size, size, scale=4) as w:
         w.write(frames)
     return frames
 
@@ -667,9 +672,10 @@ def test_folder_of_videos(tmp_path, capsys):
     assert (len(train), len(held_out)) == (4, 1) and "1 skipped" in said.out
     assert said.err.count("skipped: ") == 1 and "0.mp4" in said.err and "no caption beside" in said.err
     for clip in [*train.clips, *held_out.clips]:
-        name = str(clip.frames - 10)
-        assert clip.latents.shape == (16, 10 + int(name), 8, 8)
-        assert [clip.prompt(f) for f in (0, 3, 4, 9)] == [""] * 4 if name == "1" else [f"waves {name}"] * 2 + [f"more {name}"] * 2
+        name = clip.frames - 10
+        assert clip.latents.shape == (16, 10 + name, 8, 8)
+        expected = ["", "", ""] if name == 1 else [f"waves {name}", f"waves {name}", f"more {name}"]
+        assert [clip.prompt(frame) for frame in (0, 3, 4)] == expected
     clip = held_out[0]
     assert data.psnr(to_frames(DCTCodec().decode(clip.latents[None].float()))[0], clip.pixels).mean() > 30
     again, _ = data.video_clips(folder, TINY, DCTCodec(), tmp_path / "cache")
@@ -1029,18 +1035,17 @@ def test_storyboard_json_errors(tmp_path, text, says):
 # pretrain.py and finetune.py
 
 SETTINGS = dict(pretrain=pretrain.PretrainConfig(preset="tiny"), finetune=finetune.FinetuneConfig(preset="tiny"))
-DRAW = dict(pretrain=draw_retrieval, finetune=finetune.draw_continuation)
 
 
 def flags(cache, **changes):
     """The command line of a tiny run."""
-    given = dict(preset="tiny", init="random", cache=cache, clips=8, held_out=2, batch=4, steps=3, warmup=2, save_every=99,
-                 sample_steps=1, device="cpu") | changes
+    given = dict(preset="tiny", init="random", cache=cache, clips=8, held_out=2, batch=4, steps=3, warmup=2,
+                 save_every=99, sample_steps=1, device="cpu") | changes
     return [x for k, v in given.items() for x in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
 
 
-def losses(folder):
-    return [json.loads(line)["loss"] for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+def losses(folder, key="loss"):
+    return [json.loads(line)[key] for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="session")
@@ -1103,27 +1108,22 @@ def test_continuation_asks_for_what_follows_the_history(clips):
             # all that is asked for was on screen for a whole section of this history
             assert W.askable(clip.story, begin // section, -(-first // section))
             assert not batch.text[i].any() or torch.equal(batch.text[i], tools.prompts(clip.prompt(begin)))
-    assert set(waiting) == {0, 1, 2, 3} and waiting.count(0) > 6
+    assert 6 < waiting.count(0) < 20                                # about half end with an unfinished segment
 
 
-@pytest.mark.parametrize("stage", DRAW)
-def test_batches_do_not_depend_on_how_they_are_split(stage, clips):
-    tools = tiny_tools()
-    short = [dataclasses.replace(clip, latents=clip.latents[:, :n], story=None) for clip, n in zip(clips, (52, 30, 41, 12))]
-    for chosen in clips[:4], short:
-        for step in range(6):
-            together = DRAW[stage](SETTINGS[stage], tools, chosen, range(4), step)
-            for split in (1, 2):
-                parts = [DRAW[stage](SETTINGS[stage], tools, chosen[i:i + split], range(i, i + split), step)
-                         for i in range(0, 4, split)]
-                for key, value in vars(together).items():
-                    assert value is None or torch.equal(value, torch.cat([getattr(p, key) for p in parts])), key
+def test_batches_do_not_depend_on_how_they_are_split(clips):
+    for step in range(6):
+        together = draw_retrieval(SETTINGS["pretrain"], tiny_tools(), clips, range(8), step)
+        parts = [draw_retrieval(SETTINGS["pretrain"], tiny_tools(), clips[i:i + 2], range(i, i + 2), step)
+                 for i in range(0, 8, 2)]
+        for key, value in vars(together).items():
+            assert value is None or torch.equal(value, torch.cat([getattr(p, key) for p in parts])), key
 
 
 def test_generators_depend_on_every_part_of_the_key():
-    first = {key: torch.rand((), generator=pretrain.generator(*key)).item()
-             for key in itertools.product(range(3), repeat=3)}
-    assert len(set(first.values())) == 27 and first[0, 1, 2] == torch.rand((), generator=pretrain.generator(0, 1, 2)).item()
+    first = lambda *key: torch.rand((), generator=pretrain.generator(*key)).item()
+    keys = list(itertools.product(range(3), repeat=3))
+    assert len({first(*key) for key in keys}) == len(keys) and first(0, 1, 2) == first(0, 1, 2)
 
 
 def test_muon_makes_updates_orthogonal():
@@ -1153,27 +1153,38 @@ def test_training_lowers_the_loss(stage1):
     assert {"loss_t0.5", "psnr", "psnr_one_step", "psnr_wrong_memory", "grad_norm"} <= set(last)
     dit, config = encoder.load_model(stage1 / "model.safetensors")
     assert (config["stage"], config["step"], config["rate"]) == ("pretrain", 40, "4x4x2")
-    assert sorted(p.name for p in stage1.iterdir()) == ["log.jsonl", "model.safetensors", "preview_000040.png", "state.pt"]
+    assert {p.name for p in stage1.iterdir()} == {"log.jsonl", "model.safetensors", "preview_000040.png", "state.pt"}
 
 
-@pytest.mark.parametrize("stage", [pretrain, finetune])
-def test_accumulated_gradients_equal_those_of_the_whole_batch(stage, cache, monkeypatch):
+@pytest.fixture
+def exact(monkeypatch):
+    """Float32 and plain gradient descent: bf16 and Muon make much of the last bits."""
     monkeypatch.setattr(pretrain, "autocast", lambda device: torch.autocast("cpu", enabled=False))
-    none = {"encoder": "none"} if stage is finetune else {}
+    monkeypatch.setattr(pretrain, "make_optimizers", lambda dit, lr: [
+        torch.optim.SGD([p for p in dit.parameters() if p.requires_grad], lr)])
+
+
+@pytest.mark.parametrize("kind", ["world", "videos"])
+@pytest.mark.parametrize("stage", [pretrain, finetune])
+def test_accumulated_gradients_equal_those_of_the_whole_batch(stage, kind, cache, exact):
+    if kind == "videos":                                            # all of another length
+        for i in range(6):
+            write_video(Path("videos") / f"{i}.mp4", 9 + 8 * i, i)
     for n in 1, 4:
-        run(stage.main, *flags(cache, out=f"out{n}", micro_batch=n, **none))
-    assert losses("out1") == pytest.approx(losses("out4"), abs=1e-4) and losses("out1")[0] == pytest.approx(losses("out4")[0], abs=1e-5)
+        none = {"encoder": "none"} if stage is finetune else {}
+        run(stage.main, *flags(cache, out=f"out{n}", micro_batch=n, data=kind, **none))
+    assert losses("out1") == pytest.approx(losses("out4"), abs=1e-5)
     a, b = (load_file(f"out{n}/model.safetensors") for n in (1, 4))
-    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-3
+    assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(cache, monkeypatch):
     run(pretrain.main, *flags(cache, out="whole", steps=6))
 
-    def interrupted(config, tools, clips, rows, step):
+    def interrupted(config, tools, clips, rows, step, *more):
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return draw_retrieval(config, tools, clips, rows, step)
+        return draw_retrieval(config, tools, clips, rows, step, *more)
     with monkeypatch.context() as m, pytest.raises(SystemExit) as stop:
         m.setattr(pretrain, "draw_retrieval", interrupted)
         run(pretrain.main, *flags(cache, out="parts", steps=6))
@@ -1189,11 +1200,14 @@ def test_two_processes_train_as_one(cache, tmp_path):
     script.write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport test_shapes, pretrain\n"
                       "pretrain.run_main(pretrain.main)\n")
     run(pretrain.main, *flags(cache, out="one", steps=4))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script),
-                           *flags(cache, out="two", steps=4)], capture_output=True, text=True, timeout=150,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*torchrun, str(script), *flags(cache, out="two", steps=4)], capture_output=True, text=True,
+                          timeout=150, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert losses("two") == pytest.approx(losses("one"), abs=1e-3)
+    assert losses("two", "grad_norm") == pytest.approx(losses("one", "grad_norm"), rel=0.02)
+    figures = [json.loads((Path(out) / "log.jsonl").read_text().splitlines()[-1]) for out in ("one", "two")]
+    assert figures[0].keys() == figures[1].keys() and figures[1]["psnr"] == pytest.approx(figures[0]["psnr"], abs=0.05)
     a, b = (load_file(f"{out}/model.safetensors") for out in ("one", "two"))
     assert a.keys() == b.keys()
 
@@ -1222,13 +1236,12 @@ def test_a_base_without_memory(cache, tmp_path):
 # sample.py
 
 
-def write_checkpoint(path="tiny.safetensors", stage="finetune", preset="tiny", method="proposed", rate="4x4x2", change=None,
-                     claims={}):
+def write_checkpoint(path="tiny.safetensors", stage="finetune", method="proposed", change=None, claims={}):
     """A checkpoint of random weights, written as train() does; its config may claim something else."""
-    state = randomize(MemoryDiT(preset, method, rate)).state_dict()
+    state = randomize(MemoryDiT("tiny", method)).state_dict()
     if change is not None:
         change(state)
-    config = dict(dataclasses.asdict(finetune.FinetuneConfig(preset=preset, method=method, rate=rate)), stage=stage, step=7)
+    config = {**dataclasses.asdict(finetune.FinetuneConfig(preset="tiny", method=method)), "stage": stage, "step": 7}
     save_file(state, path, {"config": json.dumps({**config, **claims})})
     return path
 
@@ -1268,7 +1281,7 @@ def test_sampling_reads_memory_and_bounds_it():
 
 def test_sample_writes_history_then_what_follows(capsys):
     history, checkpoint = write_video("clip.mp4", 10), write_checkpoint()
-    common = ["--history", "clip.mp4", "--checkpoint", checkpoint, "--seconds", 3, "--prompt", "waves", "--device", "cpu"]
+    common = ["--history", "clip.mp4", "--checkpoint", checkpoint, "--seconds", 3, "--prompt", "waves"]
     run(sample.main, *common, "--steps", 2, "--guidance", 2, "--shift", 3, "--seed", 5, "--save_file", "new/a.mp4")
     assert "wrote new/a.mp4" in capsys.readouterr().out and Path("new/a.png").is_file()
     made = read_video("new/a.mp4", 2, 32, 32)
@@ -1295,7 +1308,7 @@ def test_sample_takes_odd_clips(case):
     n, h, w = {"one frame": (1, 32, 32), "4 x 4 pixels": (12, 4, 4), "tall": (12, 50, 22)}.get(case, (3, 32, 32))
     write_raw("a.mkv", greys(n, h, w), "ffv1", "bgr0", times=[500 * i for i in range(n)])
     checkpoint = write_checkpoint(method="none" if case == "no memory" else "proposed")
-    run(sample.main, "--history", "a.mkv", "--checkpoint", checkpoint, "--seconds", 2, "--steps", 1, "--save_file", "b.mp4")
+    run(sample.main, "--history", "a.mkv", "--checkpoint", checkpoint, "--seconds=2", "--steps=1", "--save_file=b.mp4")
     assert len(read_video("b.mp4", 2, 32, 32)) == n + 4
 
 
@@ -1314,6 +1327,15 @@ def test_ssim_known_values():
     flat = lambda level: torch.full((1, 16, 16, 3), level, dtype=torch.uint8)
     c1 = 2.55**2
     assert evaluation.ssim(flat(100), flat(140)).item() == pytest.approx((2 * 100 * 140 + c1) / (100**2 + 140**2 + c1))
+    a, b = a[:1, :11, :11], b[:1, :11, :11]                         # one window: the formula as it is written
+    weights = np.exp(-np.arange(-5, 6)**2 / (2 * 1.5**2))
+    weights, channels = np.outer(weights, weights) / weights.sum()**2, []
+    for x, y in zip(*(z[0].double().numpy().transpose(2, 0, 1) for z in (a, b))):
+        mean = lambda z: (weights * z).sum()
+        dx, dy = x - mean(x), y - mean(y)
+        channels.append((2 * mean(x) * mean(y) + c1) * (2 * mean(dx * dy) + 7.65**2)
+                        / ((mean(x)**2 + mean(y)**2 + c1) * (mean(dx**2) + mean(dy**2) + 7.65**2)))
+    assert evaluation.ssim(a, b).item() == pytest.approx(np.mean(channels), abs=1e-6)
     with pytest.raises(UserError, match="11 x 11"):
         evaluation.ssim(a[:, :10], b[:, :10])
 
@@ -1339,12 +1361,12 @@ def test_interval_covers_the_mean():
 
 
 def test_retrieval_command(stage1, cache, capsys):
-    common = ["retrieval", "--checkpoint", stage1 / "model.safetensors", "--steps", 2, "--cache", cache, "--device", "cpu"]
+    common = ["retrieval", "--checkpoint", stage1 / "model.safetensors", "--steps", 2, "--cache", cache]
     run(evaluation.main, *common, "--clips", 2, "--out", "a.png")
     said = capsys.readouterr().out
     values = {line.split()[0]: float(line.split()[1]) for line in said.splitlines() if "±" in line}
-    assert Path("a.png").is_file() and "step 40" in said and {"codec", "retrieved", "wrong_memory", "no_memory"} <= set(values)
-    assert values["codec"] > max(v for k, v in values.items() if k != "codec") and values["codec"] > 20
+    assert Path("a.png").is_file() and "step 40" in said and values["codec"] > 20
+    assert values["codec"] > max(values[k] for k in ("retrieved", "wrong_memory", "no_memory"))
     write_video("clip.mp4", 10)
     run(evaluation.main, *common, "--history", "clip.mp4", "--out", "b.png")
     assert Path("b.png").is_file()
@@ -1357,13 +1379,14 @@ def test_retrieval_command(stage1, cache, capsys):
 @pytest.fixture
 def refused(capsys, tmp_path):
     def check(main, *flags):
-        before = sorted(tmp_path.rglob("*"))
+        files = lambda: sorted(p for p in tmp_path.rglob("*") if p.is_file())
+        before = files()
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             run(main, *flags)
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-        assert sorted(tmp_path.rglob("*")) == before
+        assert files() == before
         return error
     return check
 
@@ -1402,7 +1425,7 @@ def test_sample_refuses_bad_checkpoints(refused):
     for path, says in (
             (write_checkpoint("nan.safetensors", change=nan), "dit.head.head.bias"),
             (write_checkpoint("rate.safetensors", claims={"rate": "2x2x2"}), "encoder.hr.convs"),
-            (write_checkpoint("width.safetensors", claims={"preset": "nano"}), "dit.patch_embedding.weight has shape"),
+            (write_checkpoint("width.safetensors", claims={"preset": "nano"}), "has shape (48,), expected (256,)"),
             (write_checkpoint("stage.safetensors", stage="pretrain"), "pretrain"),
             ("pickle.safetensors", "pickle.safetensors"), ("missing.safetensors", "missing.safetensors")):
         assert says in refused(sample.main, "--checkpoint", path, "--history", "good.mp4")
@@ -1411,9 +1434,10 @@ def test_sample_refuses_bad_checkpoints(refused):
 
 def test_stages_refuse_bad_settings(refused, cache, tmp_path):
     for flag, value, says in (
-            ("preset", "nanoo", "nano"), ("method", "propsed", "proposed"), ("rate", "3x3x3", "--rate"), ("steps", 0, "--steps"),
-            ("batch", 0, "--batch"), ("mask", "blur", "--mask"), ("step", 3, "--steps"), ("init", "nowhere", "nowhere"),
-            ("data", "nowhere", "nowhere"), ("device", "abacus", "abacus"), ("lr", "fast", "lr")):
+            ("preset", "nanoo", "nano"), ("method", "propsed", "proposed"), ("rate", "3x3x3", "--rate"),
+            ("steps", 0, "--steps"), ("batch", 0, "--batch"), ("mask", "blur", "--mask"), ("step", 3, "--steps"),
+            ("init", "nowhere", "nowhere"), ("data", "nowhere", "nowhere"), ("device", "abacus", "abacus"),
+            ("lr", "fast", "lr")):
         assert says in refused(pretrain.main, *flags(cache, out=tmp_path / "out", **{flag: value}))
     assert "state.pt" in refused(pretrain.main, *flags(cache, out=tmp_path / "nowhere", resume=True))
 
@@ -1428,8 +1452,7 @@ def test_stages_refuse_checkpoints_of_another_kind(refused, cache, stage1):
     assert "--encoder" in refused(finetune.main, *common(encoder=stage1, rate="2x2x2"))
     assert "--encoder" in refused(finetune.main, *common(encoder=stage1, method="only-lr"))
     assert "nowhere" in refused(finetune.main, *common(encoder="nowhere"))
-    assert "finetune" in refused(finetune.main, *common(encoder=write_checkpoint(stage="finetune")))
-    assert "finetune" in refused(evaluation.main, "retrieval", "--checkpoint", "tiny.safetensors")
+    assert "finetune" in refused(evaluation.main, "retrieval", "--checkpoint", write_checkpoint(stage="finetune"))
     assert not Path("exploded").exists()
 
 
@@ -1472,7 +1495,8 @@ def test_shipped_model_remembers(tmp_path):
     tools = Tools(preset, codec, data.make_prompts(preset), dit.encoder)
     clips = world_clips("held-out", 8, preset, codec, tmp_path, keep_pixels=True).clips
     hr = torch.stack([clip.latents[:, :40].float() for clip in clips])
-    truth, text = torch.stack([clip.pixels[40:44] for clip in clips]), torch.stack([tools.prompts(c.prompt(40)) for c in clips])
+    truth = torch.stack([clip.pixels[40:44] for clip in clips])
+    text = torch.stack([tools.prompts(clip.prompt(40)) for clip in clips])
     scores = {}
     for name, history in ("right", hr), ("wrong", hr.roll(1, 0)), ("none", None):
         memory = None if history is None else dit.encode(history, pretrain.downsample(tools, history))
