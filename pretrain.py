@@ -45,6 +45,7 @@ class Config:
     batch: int = 8                # clips a step, over all processes
     micro_batch: int = 8          # clips a forward pass on one process; gradients are accumulated up to the batch
     lr: float = 0.04              # peak learning rate of the matrices (Muon); all else has a tenth of it (AdamW)
+    weight_decay: float = 0.0     # of the matrices, times the learning rate a step
     warmup: int = 50              # steps of linear warm-up; then a cosine down to zero
     clip_grad: float = 1.0        # largest norm of the gradient
     ema: float = 0.995            # decay of the weight average that is saved and sampled from
@@ -169,8 +170,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum, then an orthogonal update, for weights that are matrices (convolutions: output x everything else). As
     torch.optim.Muon, but matrices of one shape share their products, and convolutions are taken too."""
 
-    def __init__(self, params, lr, momentum=0.95):
-        super().__init__(params, dict(lr=lr, momentum=momentum))
+    def __init__(self, params, lr, weight_decay, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
 
     @torch.no_grad()
     def step(self):
@@ -189,13 +190,14 @@ class Muon(torch.optim.Optimizer):
                 updates = orthogonalize(grads.lerp_(momenta, group["momentum"]))    # Nesterov
                 for p, m, u in zip(params, momenta, updates):
                     self.state[p]["momentum"].copy_(m.view_as(p))
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(u.view_as(p), alpha=-group["lr"] * max(1, rows / columns)**0.5)
 
 
-def make_optimizers(model, lr):
+def make_optimizers(model, lr, weight_decay):
     """Muon for all matrices and convolutions; AdamW for norms, biases and modulation, at a tenth of the rate."""
     params = [p for p in model.parameters() if p.requires_grad]
-    return [Muon([p for p in params if p.ndim in (2, 5)], lr),
+    return [Muon([p for p in params if p.ndim in (2, 5)], lr, weight_decay),
             torch.optim.AdamW([p for p in params if p.ndim not in (2, 5)], 0.1 * lr, betas=(0.9, 0.99), weight_decay=0.0)]
 
 
@@ -340,7 +342,7 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
     out = Path(config.out)
     model.to(device)
     ema = EMA(model, config.ema)
-    optimizers = make_optimizers(model, config.lr)
+    optimizers = make_optimizers(model, config.lr, config.weight_decay)
     first = resume(config, model, ema, optimizers) if config.resume else 0
     if config.compile:
         for block in model.dit.blocks:

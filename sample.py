@@ -133,12 +133,14 @@ def main():
     print(f"wrote {save_file} and {strip}")
 
 
-def draw_strip(path, history, made, preset, codec, columns=10):
-    """History above, new sections below: a frame a section, the newest `columns` of the history."""
-    step = preset.section * codec.stride[0]
-    old = history[range(len(history) - 1, -1, -step)[:columns]].flip(0)
-    rows = [("history", old)]
-    rows += [("continued" if i == 0 else "", made[i::1][:columns]) for i in range(0, len(made), columns)]
+def draw_strip(path, history, made, preset, codec):
+    """A labelled picture: the newest 12 sections of the history above, a frame each; new sections below, 4 frames each."""
+    length = preset.section * codec.stride[0]                                   # frames a section
+    rows = [("history,\na frame a section", history[len(history) % length // 2::length][-12:])]
+    some = made[::max(1, length // 4)]
+    for first in range(0, len(some), 12):
+        seconds = first * max(1, length // 4) / preset.fps
+        rows.append((f"new, from {seconds:g} s", some[first:first + 12]))
     contact_strip(rows, path)
 
 
