@@ -1,7 +1,8 @@
 """The outside world: pixels <-> latents (codecs), prompts -> embeddings, the paper-doll world, folders of videos, video
 files, and the command line.
 
-Pixels are (B, 3, F, H, W) floats in [-1, 1]; latents (B, C, f, h, w); uint8 frames (F, H, W, 3) only at the file boundary.
+Pixels are (B, 3, F, H, W) floats in [-1, 1]; latents (B, C, f, h, w);
+uint8 frames (F, H, W, 3) only at the file boundary.
 """
 import argparse
 import difflib
@@ -42,13 +43,15 @@ class DCTCodec:
 
     def __init__(self):
         k = np.arange(4)
-        dct = np.cos(np.pi * (2 * k[None] + 1) * k[:, None] / 8) * np.where(k[:, None] == 0, 0.5, math.sqrt(0.5))   # (frequency, pixel)
-        colour = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])   # luma, red-blue, green-magenta
+        norm = np.where(k[:, None] == 0, 0.5, math.sqrt(0.5))
+        dct = np.cos(np.pi * (2 * k[None] + 1) * k[:, None] / 8) * norm         # (frequency, pixel)
+        # luma, red-blue, green-magenta
+        colour = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
         chosen = [(c, u, v) for c, most in ((0, 3), (1, 1), (2, 1)) for u in k for v in k if u + v <= most]
         basis = [np.einsum("c,y,x->cyx", colour[c], dct[u], dct[v]).ravel() for c, u, v in chosen]
         self.basis = torch.tensor(np.stack(basis), dtype=torch.float32)         # (16, 48), orthonormal rows
         deviations = torch.tensor(self.deviations)
-        self.scale = deviations.sqrt() * deviations.mean().sqrt()               # latent k has variance deviation_k / mean
+        self.scale = deviations.sqrt() * deviations.mean().sqrt()               # latent k: variance deviation_k / mean
 
     def encode(self, pixels):
         """(B, 3, F, H, W) in [-1, 1], H and W multiples of 4 -> (B, 16, F, H/4, W/4)."""
@@ -58,21 +61,22 @@ class DCTCodec:
 
     def decode(self, latents):
         """(B, 16, F, h, w) -> pixels (B, 3, F, 4h, 4w), not clamped."""
-        blocks = F.linear(rearrange(latents, "b c f h w -> b f h w c"), (self.basis * self.scale[:, None]).T.to(latents))
+        matrix = (self.basis * self.scale[:, None]).T.to(latents)
+        blocks = F.linear(rearrange(latents, "b c f h w -> b f h w c"), matrix)
         return rearrange(blocks, "b f h w (c y x) -> b c f (h y) (w x)", c=3, y=4, x=4)
 
     @functools.lru_cache
     def downsampling_kernel(self, rate):
-        """Decode, area mean in pixels over (t, h, w), encode, as one convolution (16, 16, t, h, w): what it does to each
-        latent of a block."""
+        """Decode, area mean in pixels over (t, h, w), encode, as one convolution (16, 16, t, h, w): what it does to
+        each latent of a block."""
         t, h, w = rate
         impulses = torch.eye(16 * t * h * w).view(-1, 16, t, h, w)
         response = self.encode(F.avg_pool3d(self.decode(impulses), rate))       # (16 * t * h * w, 16, 1, 1, 1)
         return response.view(16, t, h, w, 16).permute(4, 0, 1, 2, 3).contiguous()
 
     def downsample(self, latents, rate):
-        """The latents of the video made smaller by rate (t, h, w): (B, 16, F, h', w') -> (B, 16, F/t, ...), sizes padded
-        up to whole tokens by replication."""
+        """The latents of the video made smaller by rate (t, h, w): (B, 16, F, h', w') -> (B, 16, F/t, ...), sizes
+        padded up to whole tokens by replication."""
         latents = pad_replicate(latents, (rate[0], 2 * rate[1], 2 * rate[2]))
         return F.conv3d(latents, self.downsampling_kernel(rate).to(latents), stride=rate)
 
@@ -154,7 +158,8 @@ class Clip:
         world: where all that the prompt asks to remember was seen in this history."""
         if self.story is None:
             return list(range(sections * section, self.frames - section + 1))
-        return [k * section for k in range(sections, len(self.story.shots)) if world.askable(self.story, k, k - sections)]
+        return [k * section for k in range(sections, len(self.story.shots))
+                if world.askable(self.story, k, k - sections)]
 
 
 class Clips:
@@ -174,8 +179,8 @@ class Clips:
 
     @functools.lru_cache(maxsize=2)
     def epoch(self, number, size, seed):
-        """The batches of an epoch, each a list of `size` clip numbers. What does not fill a batch waits for the next epoch;
-        a bucket smaller than a batch repeats its clips."""
+        """The batches of an epoch, each a list of `size` clip numbers. What does not fill a batch waits for the next
+        epoch; a bucket smaller than a batch repeats its clips."""
         rng = np.random.default_rng((seed, number))
         batches = []
         for members in self.sizes.values():
@@ -241,8 +246,8 @@ def encode_video(path, preset, codec, cache):
 
 
 def video_clips(folder, preset, codec, cache):
-    """(clips to train on, held-out clips) of a folder of videos. One in ten, chosen by file name, is held out. Files that
-    cannot be used are counted and listed, never replaced by another; above 20 % of them it stops."""
+    """(clips to train on, held-out clips) of a folder of videos. One in ten, chosen by file name, is held out. Files
+    that cannot be used are counted and listed, never replaced by another; above 20 % of them it stops."""
     paths = find_videos(folder)
     clips, skipped = {}, []
     for path in tqdm(paths, desc="encoding videos"):
@@ -262,7 +267,8 @@ def video_clips(folder, preset, codec, cache):
     for message in skipped:
         print(f"skipped: {message}", file=sys.stderr)
     if len(skipped) > 0.2 * len(paths):
-        raise UserError(f"{len(skipped)} of {len(paths)} videos in {folder} cannot be used, above 20 %: the reasons are above")
+        raise UserError(f"{len(skipped)} of {len(paths)} videos in {folder} cannot be used, above 20 %: "
+                        "the reasons are above")
     order = sorted(clips, key=lambda path: hashlib.sha256(path.name.encode()).digest())
     held_out, train = order[:max(1, len(order) // 10)], order[max(1, len(order) // 10):] or order
     print(f"{len(train)} videos to train on, {len(held_out)} held out ({', '.join(p.name for p in held_out)}), "
@@ -311,7 +317,8 @@ def parse_flags(cls, description, argv=None, aliases={}):
     for f in fields(cls):
         names = [f"--{f.name}", *aliases.get(f.name, ())]
         extra = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.type.__name__)
-        parser.add_argument(*names, dest=f.name, default=f.default, help=f"{comments.get(f.name, '')} [{f.default}]", **extra)
+        parser.add_argument(*names, dest=f.name, default=f.default,
+                            help=f"{comments.get(f.name, '')} [{f.default}]", **extra)
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]

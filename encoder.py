@@ -1,4 +1,5 @@
-"""The memory encoder φ: a long history of latents in, a short sequence of DiT tokens out. And the DiT + φ that is trained.
+"""The memory encoder φ: a long history of latents in, a short sequence of DiT tokens out.
+And the DiT + φ that is trained.
 
 Two branches over the same blocks of the history, summed (paper, section 3.3). A rate HxWxT says how many tokens of the
 DiT's grid one memory token stands for:
@@ -43,7 +44,7 @@ class HighRes(nn.Module):
 
     def __init__(self, in_dim, widths, rate, dim, patch):
         super().__init__()
-        self.block = tuple(r * p for r, p in zip(rate, patch))                  # latents a memory token covers (f, h, w)
+        self.block = tuple(r * p for r, p in zip(rate, patch))                  # latents per memory token (f, h, w)
         in_time, *in_space = (int(math.log2(n)) for n in self.block)
         strides = [(2, 1, 1)] * in_time
         strides += [(1, *(2 if i < n else 1 for n in in_space)) for i in range(max(in_space))]
@@ -63,7 +64,8 @@ class HighRes(nn.Module):
             x = F.silu(conv(F.pad(x, (1,) * 6, mode="replicate")))
         f, h, w = x.shape[2:]
         x = rearrange(x, "b c f h w -> b (f h w) c")
-        angles = rope(token_positions(torch.arange(f, device=x.device), h, w)[None], self.attention.o.in_features // self.attention.heads)
+        head_dim = self.attention.o.in_features // self.attention.heads
+        angles = rope(token_positions(torch.arange(f, device=x.device), h, w)[None], head_dim)
         x = x + self.attention(self.norm(x), angles=angles)
         return self.proj(self.norm_out(x))
 
@@ -90,8 +92,8 @@ class MemoryEncoder(nn.Module):
         if method == "proposed":            # the LR branch carries the signal from the first step
             nn.init.zeros_(self.hr.proj.weight)
             nn.init.zeros_(self.hr.proj.bias)
-        # φ's own copy of the DiT's patch embedding: φ means the same whatever DiT reads it later. Also embeds the frames
-        # of an unfinished segment, which wait uncompressed.
+        # φ's own copy of the DiT's patch embedding: φ means the same whatever DiT reads it later. Also embeds the
+        # frames of an unfinished segment, which wait uncompressed.
         self.patch_embedding = copy.deepcopy(patch_embedding)
 
     def whole(self, n_frames, start=0):
@@ -107,7 +109,8 @@ class MemoryEncoder(nn.Module):
         if hr.shape[2] > lone:
             parts.append(self.encode_segments(hr[:, :, lone:], lr[:, :, lone:], self.segment))
         t, h, w = self.rate
-        times = torch.arange(hr.shape[2], device=hr.device)[lone:].float().view(-1 if hr.shape[2] > lone else 0, t).mean(1)
+        times = torch.arange(hr.shape[2], device=hr.device)[lone:].float()
+        times = times.view(-1 if hr.shape[2] > lone else 0, t).mean(1)
         times = start + torch.cat([times.new_zeros(lone), times])               # the lone latent stays at its own time
         rows, columns = (-(-size // b) for size, b in zip(hr.shape[3:], self.block[1:]))
         positions = token_positions(times, rows, columns)
@@ -145,7 +148,8 @@ class MemoryDiT(nn.Module):
         self.encoder = None if method == "none" else MemoryEncoder(method, rate, preset, self.dit.patch_embedding)
 
     def encode(self, hr, lr, start=0):
-        """φ of a history (B, C, F, H, W): its whole segments (lr covers these), then an unfinished one, uncompressed."""
+        """φ of a history (B, C, F, H, W): its whole segments (lr covers these),
+        then an unfinished one, uncompressed."""
         if self.encoder is None:
             return None
         n = self.encoder.whole(hr.shape[2], start)

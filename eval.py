@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Clip, Clips, make_codec, make_prompts, nearest_size, parse_flags, psnr, run_main, to_frames, to_pixels, world_clips
+from data import (Clip, Clips, make_codec, make_prompts, nearest_size, parse_flags, psnr, run_main, to_frames,
+                  to_pixels, world_clips)
 from encoder import load_model
 from model import PRESETS, UserError, autocast, euler, pick_device
 from pretrain import PretrainConfig, Tools, draw_retrieval
@@ -75,16 +76,16 @@ def retrieval_clips(config, preset, codec):
         return world_clips("held-out", config.clips, preset, codec, config.cache, keep_pixels=True)
     frames = read_video(config.history, preset.fps, *nearest_size(preset, video_info(config.history)))
     if len(frames) < preset.section * codec.stride[0]:
-        raise UserError(f"{config.history} has {len(frames)} frames at {preset.fps} fps; at least {preset.section} are needed: "
-                        "give a longer clip")
+        raise UserError(f"{config.history} has {len(frames)} frames at {preset.fps} fps; "
+                        f"at least {preset.section} are needed: give a longer clip")
     return Clips([Clip(codec.encode(to_pixels(frames)[None])[0], [], frames)])
 
 
 @torch.no_grad()
 def retrieve(model, tools, clips, config, device):
-    """Retrieve query frames of clips from their memories, without prompts. Returns {name: frames uint8 (n, F', H, W, 3)}:
-    truth; codec, its ceiling; retrieved; one_step, from pure noise at once; wrong_memory, given that of the next clip;
-    no_memory."""
+    """Retrieve query frames of clips from their memories, without prompts.
+    Returns {name: frames uint8 (n, F', H, W, 3)}: truth; codec, its ceiling; retrieved; one_step, from pure noise at
+    once; wrong_memory, given that of the next clip; no_memory."""
     settings = PretrainConfig(mask="none", text_drop=1.0, queries=config.queries, seed=config.seed)
     results = {}
     for first in tqdm(range(0, len(clips), config.batch), desc="retrieving"):
@@ -96,7 +97,8 @@ def retrieve(model, tools, clips, config, device):
             memories = {"retrieved": model.encode(batch.hr, batch.lr), "no_memory": None}
             if len(clips) > 1:
                 memories["wrong_memory"] = model.encode(other.hr, other.lr)
-            sample = lambda memory, steps: euler(model.dit, batch.noise, batch.text, batch.frames, memory, steps).float()
+            sample = lambda memory, steps: euler(model.dit, batch.noise, batch.text, batch.frames, memory,
+                                                 steps).float()
             made["one_step"] = sample(memories["retrieved"], 1)
             made.update({name: sample(memory, config.steps) for name, memory in memories.items()})
         for name, x in made.items():
@@ -117,8 +119,9 @@ def retrieval(argv):
     clips = retrieval_clips(config, preset, codec)
     made = retrieve(model, tools, clips, config, device)
     truth = made.pop("truth")
-    print(f"{config.checkpoint}: {trained['method']} {trained['rate']}, step {trained['step']}, seed {trained['seed']}; "
-          f"{len(clips)} clips x {truth.shape[1]} frames, query seed {config.seed}, {config.steps} Euler steps, no prompts")
+    print(f"{config.checkpoint}: {trained['method']} {trained['rate']}, step {trained['step']}, "
+          f"seed {trained['seed']}; {len(clips)} clips x {truth.shape[1]} frames, query seed {config.seed}, "
+          f"{config.steps} Euler steps, no prompts")
     print(f"{'':14}{'PSNR dB':>18}{'SSIM':>20}     mean over clips with its 95 % interval")
     for name, frames in made.items():
         p = interval(psnr(frames, truth).mean(1))

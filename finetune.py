@@ -27,8 +27,8 @@ class FinetuneConfig(Config):
 
 
 def draw_continuation(config, tools, clips, rows, step):
-    """Stage 2: a history of one length a batch, all that the next section asks for seen in it; the target is that section.
-    clips: the global batch; rows: those to return.
+    """Stage 2: a history of one length a batch, all that the next section asks for seen in it; the target is that
+    section. clips: the global batch; rows: those to return.
 
     Half of the histories begin 1-3 frames (of nano) before a section does: their segments straddle the cuts, and their
     last frames wait uncompressed, as they do when one's own clip is continued.
@@ -36,11 +36,12 @@ def draw_continuation(config, tools, clips, rows, step):
     section = tools.preset.section
     g = generator(config.seed, step)
     waiting = int(torch.randint(section, (), generator=g)) * int(torch.randint(2, (), generator=g))
-    waiting = min(waiting, *(clip.frames - 2 * section for clip in clips))
-    longest = (tools.preset.history - waiting) // section
-    begins = lambda clip, n: [b for b in clip.targets(n, section) if b >= n * section + waiting]    # of possible targets
-    lengths = [n for n in range(1, longest + 1) if all(begins(clip, n) for clip in clips)]
-    length = lengths[int(torch.randint(len(lengths), (), generator=g))]
+    begins = lambda clip, n: [b for b in clip.targets(n, section) if b >= n * section + waiting]    # of targets
+    possible = lambda: [n for n in range(1, (tools.preset.history - waiting) // section + 1)
+                        if all(begins(clip, n) for clip in clips)]
+    if not possible():                                              # too much is asked of one of the clips
+        waiting = 0
+    length = possible()[int(torch.randint(len(possible()), (), generator=g))]
     parts = []
     for row in rows:
         clip, g = clips[row], generator(config.seed, step, row)
@@ -65,7 +66,8 @@ def encoder_file(config):
     theirs = read_metadata(path)
     for key in ("preset", "method", "rate"):
         if theirs.get(key) != getattr(config, key):
-            raise UserError(f"--encoder {config.encoder} has --{key} {theirs.get(key)}, but {getattr(config, key)} is asked for")
+            raise UserError(f"--encoder {config.encoder} has --{key} {theirs.get(key)}, "
+                            f"but {getattr(config, key)} is asked for")
     return path
 
 
@@ -74,7 +76,8 @@ def main():
     encoder = encoder_file(config)
     model, *rest = setup(config)
     if encoder:
-        load_weights(model.encoder, [encoder], lambda name: name.removeprefix("encoder.") if name.startswith("encoder.") else None)
+        ours = lambda name: name.removeprefix("encoder.") if name.startswith("encoder.") else None
+        load_weights(model.encoder, [encoder], ours)
     if config.freeze_encoder:
         model.encoder.requires_grad_(False)
     train(config, "finetune", draw_continuation, replace(config, text_drop=0.0), model, *rest)

@@ -80,7 +80,8 @@ def pad_replicate(x, multiples):
 def token_positions(frames, rows, columns):
     """Positions of the tokens of a video, ordered frame, row, column (column fastest).
 
-    frames: (F,) or (B, F) times in latent frames; rows, columns: size of the token grid. Returns (..., F*rows*columns, 3).
+    frames: (F,) or (B, F) times in latent frames; rows, columns: size of the token grid.
+    Returns (..., F*rows*columns, 3).
     """
     frames = torch.as_tensor(frames, dtype=torch.float32)
     shape = (*frames.shape, rows, columns)
@@ -94,8 +95,8 @@ def token_positions(frames, rows, columns):
 def rope(positions, head_dim):
     """Rotation angles of 3D rotary embeddings, as (cos, sin), each (B, 1, N, head_dim / 2), for positions (B, N, 3).
 
-    Of the head_dim channels, 2 * (head_dim // 6) belong to rows, as many to columns, the rest to time; each axis has its
-    own frequencies 10000^(-2j / axis_dim).
+    Of the head_dim channels, 2 * (head_dim // 6) belong to rows, as many to columns, the rest to time; each axis has
+    its own frequencies 10000^(-2j / axis_dim).
     """
     spatial = 2 * (head_dim // 6)
     # float64 as in Wan (MPS has none): at frame 1000 a float32 angle is already off by 1e-4
@@ -121,7 +122,8 @@ def rotate(x, cos, sin):
 def attend(q, k, v):
     """Softmax attention, (B, heads, N, head_dim) each. No mask, so that SDPA chooses its flash kernel on a GPU."""
     if q.device.type == "cpu" and q.shape[2] * k.shape[2] <= 1024**2:
-        # SDPA's CPU kernel, backwards above all, is far below the rate of matrix products: short ones are faster by hand
+        # SDPA's CPU kernel, backwards above all, is far below the rate of matrix products:
+        # short ones are faster by hand
         weights = (q.contiguous() * q.shape[-1]**-0.5) @ k.contiguous().mT
         return weights.softmax(-1).type_as(v) @ v.contiguous()
     return F.scaled_dot_product_attention(q, k, v)
@@ -131,7 +133,8 @@ def attend(q, k, v):
 # The transformer
 
 class PatchEmbedding(nn.Module):
-    """A convolution whose kernel is its stride, computed as one matrix product. Weight (D, C, *patch), as Wan's Conv3d."""
+    """A convolution whose kernel is its stride, computed as one matrix product.
+    Weight (D, C, *patch), as Wan's Conv3d."""
 
     def __init__(self, in_dim, dim, patch):
         super().__init__()
@@ -247,7 +250,8 @@ class DiT(nn.Module):
         super().__init__()
         self.config = c = config
         self.patch_embedding = PatchEmbedding(c.in_dim, c.dim, c.patch)
-        self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"), nn.Linear(c.dim, c.dim))
+        self.text_embedding = nn.Sequential(nn.Linear(c.text_dim, c.dim), nn.GELU(approximate="tanh"),
+                                            nn.Linear(c.dim, c.dim))
         self.time_embedding = nn.Sequential(nn.Linear(c.freq_dim, c.dim), nn.SiLU(), nn.Linear(c.dim, c.dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
@@ -266,7 +270,8 @@ class DiT(nn.Module):
         nn.init.zeros_(self.head.head.weight)
 
     def embed_timesteps(self, t):
-        """(B,) timesteps 0..1000 -> embedding (B, D) and modulation (B, 6, D), in float32 whatever the weights' dtype."""
+        """(B,) timesteps 0..1000 -> embedding (B, D) and modulation (B, 6, D),
+        in float32 whatever the weights' dtype."""
         c = self.config
         with torch.autocast(t.device.type, enabled=False):
             dtype = torch.float32 if t.device.type == "mps" else torch.float64
@@ -328,8 +333,8 @@ def flow_loss(dit, x0, noise, t, text, frames, memory):
 
 @torch.no_grad()
 def euler(dit, noise, text, frames, memory, steps, shift=1.0, guidance=1.0):
-    """Integrate dx = v dt from noise (t = 1) to data (t = 0) in `steps` Euler steps; with steps=1, shift is idle and the
-    result is the conditional mean. Classifier-free guidance drops the prompt alone: memory stays in both passes."""
+    """Integrate dx = v dt from noise (t = 1) to data (t = 0) in `steps` Euler steps; with steps=1, shift is idle and
+    the result is the conditional mean. Classifier-free guidance drops the prompt alone: memory stays in both passes."""
     t = torch.linspace(1, 0, steps + 1)
     t = shift * t / (1 + (shift - 1) * t)
     x = noise
@@ -368,9 +373,10 @@ def autocast(device):
 # Weights
 
 DIFFUSERS_NAMES = [     # (diffusers, Wan); norm1 and the other one of norm2 and norm3 have no parameters
-    (".norm2.", ".norm3."), (".attn1.", ".self_attn."), (".attn2.", ".cross_attn."), (".to_q.", ".q."), (".to_k.", ".k."),
-    (".to_v.", ".v."), (".to_out.0.", ".o."), (".ffn.net.0.proj.", ".ffn.0."), (".ffn.net.2.", ".ffn.2."),
-    (".scale_shift_table", ".modulation"), ("condition_embedder.time_embedder.linear_1.", "time_embedding.0."),
+    (".norm2.", ".norm3."), (".attn1.", ".self_attn."), (".attn2.", ".cross_attn."),
+    (".to_q.", ".q."), (".to_k.", ".k."), (".to_v.", ".v."), (".to_out.0.", ".o."),
+    (".ffn.net.0.proj.", ".ffn.0."), (".ffn.net.2.", ".ffn.2."), (".scale_shift_table", ".modulation"),
+    ("condition_embedder.time_embedder.linear_1.", "time_embedding.0."),
     ("condition_embedder.time_embedder.linear_2.", "time_embedding.2."),
     ("condition_embedder.text_embedder.linear_1.", "text_embedding.0."),
     ("condition_embedder.text_embedder.linear_2.", "text_embedding.2."),
@@ -422,13 +428,15 @@ def read_metadata(path):
     with open_safetensors(path) as f:
         text = (f.metadata() or {}).get("config")
     if text is None:
-        raise UserError(f"{path} was not written by pretrain.py or finetune.py (no config in it): give a model.safetensors of theirs")
+        raise UserError(f"{path} was not written by pretrain.py or finetune.py (no config in it): "
+                        "give a model.safetensors of theirs")
     return json.loads(text)
 
 
 def load_weights(module, files, rename=lambda name: name):
     """Read every tensor of `module` from safetensors files, strictly: a missing, extra, wrong-shaped or non-finite one
-    is named. Nothing is changed unless everything fits. rename(name in file) gives the name here, or None to skip it."""
+    is named. Nothing is changed unless everything fits.
+    rename(name in file) gives the name here, or None to skip it."""
     wanted = module.state_dict()
     found = {}
     for path in files:
@@ -438,14 +446,16 @@ def load_weights(module, files, rename=lambda name: name):
                 if ours is None:
                     continue
                 if ours not in wanted:
-                    raise UserError(f"{path}: unexpected tensor {name}; is this a checkpoint of another model or method?")
+                    raise UserError(f"{path}: unexpected tensor {name}; "
+                                    "is this a checkpoint of another model or method?")
                 shape = tuple(f.get_slice(name).get_shape())
                 if shape != tuple(wanted[ours].shape):
                     raise UserError(f"{path}: {name} has shape {shape}, expected {tuple(wanted[ours].shape)}; "
                                     "is this a checkpoint of another size or rate?")
                 found[ours] = f.get_tensor(name)
                 if not found[ours].isfinite().all():
-                    raise UserError(f"{path}: {name} holds values that are not finite; the file is damaged, use another")
+                    raise UserError(f"{path}: {name} holds values that are not finite; "
+                                    "the file is damaged, use another")
     missing = [name for name in wanted if name not in found]
     if missing:
         raise UserError(f"{files[0]}: no tensor {missing[0]} ({len(missing)} of {len(wanted)} missing); "

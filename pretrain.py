@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from data import make_codec, make_prompts, open_dataset, parse_flags, psnr, run_main, to_frames
 from encoder import MemoryDiT
-from model import (PRESETS, Preset, UserError, add_noise, autocast, euler, load_weights, pick_device, sample_t, wan_name,
-                   weight_files)
+from model import (PRESETS, Preset, UserError, add_noise, autocast, euler, load_weights, pick_device, sample_t,
+                   wan_name, weight_files)
 from video import contact_strip, whole_file
 
 
@@ -45,7 +45,6 @@ class Config:
     batch: int = 8                # clips a step, over all processes
     micro_batch: int = 8          # clips a forward pass on one process; gradients are accumulated up to the batch
     lr: float = 0.04              # peak learning rate of the matrices (Muon); all else has a tenth of it (AdamW)
-    weight_decay: float = 0.0     # of the matrices, times the learning rate a step
     warmup: int = 50              # steps of linear warm-up; then a cosine down to zero
     clip_grad: float = 1.0        # largest norm of the gradient
     ema: float = 0.995            # decay of the weight average that is saved and sampled from
@@ -116,7 +115,8 @@ def downsample(tools, hr):
 
 
 def draw_retrieval(config, tools, clips, rows, step):
-    """Stage 1: choose Ω in a history of each clip; the target is H_Ω. clips: the global batch; rows: those to return."""
+    """Stage 1: choose Ω in a history of each clip; the target is H_Ω.
+    clips: the global batch; rows: those to return."""
     history = min(tools.preset.history, *(whole(tools, clip.frames) for clip in clips))
     parts = []
     for row in rows:
@@ -170,8 +170,8 @@ class Muon(torch.optim.Optimizer):
     """Momentum, then an orthogonal update, for weights that are matrices (convolutions: output x everything else). As
     torch.optim.Muon, but matrices of one shape share their products, and convolutions are taken too."""
 
-    def __init__(self, params, lr, weight_decay, momentum=0.95):
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+    def __init__(self, params, lr, momentum=0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
 
     @torch.no_grad()
     def step(self):
@@ -190,15 +190,15 @@ class Muon(torch.optim.Optimizer):
                 updates = orthogonalize(grads.lerp_(momenta, group["momentum"]))    # Nesterov
                 for p, m, u in zip(params, momenta, updates):
                     self.state[p]["momentum"].copy_(m.view_as(p))
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
                     p.add_(u.view_as(p), alpha=-group["lr"] * max(1, rows / columns)**0.5)
 
 
-def make_optimizers(model, lr, weight_decay):
+def make_optimizers(model, lr):
     """Muon for all matrices and convolutions; AdamW for norms, biases and modulation, at a tenth of the rate."""
     params = [p for p in model.parameters() if p.requires_grad]
-    return [Muon([p for p in params if p.ndim in (2, 5)], lr, weight_decay),
-            torch.optim.AdamW([p for p in params if p.ndim not in (2, 5)], 0.1 * lr, betas=(0.9, 0.99), weight_decay=0.0)]
+    return [Muon([p for p in params if p.ndim in (2, 5)], lr),
+            torch.optim.AdamW([p for p in params if p.ndim not in (2, 5)], 0.1 * lr, betas=(0.9, 0.99),
+                              weight_decay=0.0)]
 
 
 def learning_rate(step, config):
@@ -276,10 +276,12 @@ def resume(config, model, ema, optimizers):
         raise UserError(f"--resume: no {path}; start without --resume") from None
     except Exception as e:
         raise UserError(f"--resume: {path} cannot be read ({str(e).splitlines()[0]}); start without --resume") from None
-    free = ("steps", "out", "device", "compile", "resume", "cache", "save_every", "micro_batch", "held_out", "sample_steps")
+    free = ("steps", "out", "device", "compile", "resume", "cache", "save_every", "micro_batch", "held_out",
+            "sample_steps")
     for key, value in state["config"].items():
         if key not in free and value != getattr(config, key):
-            raise UserError(f"--resume: {path} was made with --{key} {value}, not {getattr(config, key)}; give the same flags")
+            raise UserError(f"--resume: {path} was made with --{key} {value}, not {getattr(config, key)}; "
+                            "give the same flags")
     model.load_state_dict(state["model"])
     torch._foreach_copy_(ema.shadow, state["ema"])
     for optimizer, saved in zip(optimizers, state["optimizers"]):
@@ -293,14 +295,15 @@ FIGURES = (*(f"loss_t{t}" for t in LOSS_TIMES), "psnr_one_step", "psnr", "psnr_w
 
 @torch.no_grad()
 def evaluate(config, tools, draw, model, clips, rows, device):
-    """Sums of FIGURES over some rows of held-out clips of one size, the same at every call: the loss at fixed t; PSNR (dB,
-    against the original pixels) of one step from pure noise (the conditional mean) and of the full sampler; and of the
-    sampler with the memory of the next clip, which must be clearly worse if the memory is read at all. And (truth, result)
-    frames."""
+    """Sums of FIGURES over some rows of held-out clips of one size, the same at every call: the loss at fixed t; PSNR
+    (dB, against the original pixels) of one step from pure noise (the conditional mean) and of the full sampler; and of
+    the sampler with the memory of the next clip, which must be clearly worse if the memory is read at all.
+    And (truth, result) frames."""
     batch = draw(config, tools, clips, rows, 0).to(device)
     other = draw(config, tools, clips, [(row + 1) % len(clips) for row in rows], 0).to(device)
     with autocast(device):
-        sums = [model(batch.hr, batch.lr, batch.target, batch.frames, batch.noise, torch.full_like(batch.t, t), batch.text).sum()
+        sums = [model(batch.hr, batch.lr, batch.target, batch.frames, batch.noise, torch.full_like(batch.t, t),
+                      batch.text).sum()
                 for t in LOSS_TIMES]
         memory, wrong = model.encode(batch.hr, batch.lr), model.encode(other.hr, other.lr)
         made = [euler(model.dit, batch.noise, batch.text, batch.frames, m, steps).float()
@@ -311,7 +314,8 @@ def evaluate(config, tools, draw, model, clips, rows, device):
 
 
 def evaluate_all(config, tools, draw, model, clips, rank, world, device):
-    """Means of FIGURES over all held-out clips, which the processes share; and pictures of this process's first ones."""
+    """Means of FIGURES over all held-out clips, which the processes share;
+    and pictures of this process's first ones."""
     sums, pictures = torch.zeros(len(FIGURES) + 1, dtype=torch.float64), None
     for members in clips.sizes.values():                            # a batch is of one size
         rows = range(rank, len(members), world)
@@ -342,12 +346,13 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
     out = Path(config.out)
     model.to(device)
     ema = EMA(model, config.ema)
-    optimizers = make_optimizers(model, config.lr, config.weight_decay)
+    optimizers = make_optimizers(model, config.lr)
     first = resume(config, model, ema, optimizers) if config.resume else 0
     if config.compile:
         for block in model.dit.blocks:
             block.compile()                                         # in place: parameter names stay as they are
-    ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None) if world > 1 else model
+    devices = [device.index] if device.type == "cuda" else None
+    ddp = DistributedDataParallel(model, device_ids=devices) if world > 1 else model
     mine = range(rank, config.batch, world)                         # rows of the global batch that are this process's
     micros = [mine[i:i + config.micro_batch] for i in range(0, len(mine), config.micro_batch)]
     out.mkdir(parents=True, exist_ok=True)
@@ -402,7 +407,8 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
                 tqdm.write(f"stopped by a signal after step {step + 1}, saved in {out}; go on with --resume")
             raise SystemExit(128 + stop)
     if rank == 0:
-        print(f"{stage} done: weights {out / 'model.safetensors'}, figures {out / 'log.jsonl'}, pictures {out}/preview_*.png")
+        print(f"{stage} done: weights {out / 'model.safetensors'}, figures {out / 'log.jsonl'}, "
+              f"pictures {out}/preview_*.png")
 
 
 def check(config):

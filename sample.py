@@ -1,7 +1,8 @@
-"""Continue a clip: read it into memory, then generate section after section, appending each to the history and to φ.
+r"""Continue a clip: read it into memory, then generate section after section, appending each to the history and to φ.
 
     python sample.py --history clip.mp4
-    python sample.py --history clip.mp4 --prompt "0s: beach wide tall person at left / 2s: city close nobody with ball at right"
+    python sample.py --history clip.mp4 \
+        --prompt "0s: beach wide tall person at left / 2s: city close nobody with ball at right"
 
 Without --prompt, the storyboard beside the clip is used (clip.txt or clip.json; its times count from the clip's start).
 Writes the history and what continues it to --save_file, and a strip of pictures beside it.
@@ -59,7 +60,8 @@ def continue_video(model, codec, prompts, memory, storyboard, sections, config, 
         frames = memory.frames + torch.arange(preset.section, device=device)
         noise = torch.randn(shape, generator=g).to(device)
         with autocast(device):
-            x = euler(model.dit, noise, text, frames, memory.context(), config.steps, config.shift, config.guidance).float()
+            x = euler(model.dit, noise, text, frames, memory.context(), config.steps, config.shift,
+                      config.guidance).float()
             memory.append(x)
         yield x, time.perf_counter() - started
 
@@ -77,22 +79,24 @@ def check(config):
     if not 0 < config.seconds < math.inf:
         raise UserError(f"--seconds {config.seconds}: give a number above 0")
     if config.steps < 1 or not 0 <= config.guidance < math.inf or not 0 < config.shift < math.inf:
-        raise UserError(f"--steps {config.steps} --guidance {config.guidance} --shift {config.shift}: expected steps of at "
-                        "least 1, guidance of at least 0, shift above 0")
+        raise UserError(f"--steps {config.steps} --guidance {config.guidance} --shift {config.shift}: "
+                        "expected steps of at least 1, guidance of at least 0, shift above 0")
     if not 0 <= config.memory_seconds < math.inf:
         raise UserError(f"--memory_seconds {config.memory_seconds}: give seconds of history to keep, or 0 for all")
 
 
 def main():
     config = parse_flags(SampleConfig, __doc__, aliases={
-        "steps": ["--sample_steps"], "shift": ["--sample_shift"], "guidance": ["--sample_guide_scale"], "seed": ["--base_seed"]})
+        "steps": ["--sample_steps"], "shift": ["--sample_shift"], "guidance": ["--sample_guide_scale"],
+        "seed": ["--base_seed"]})
     check(config)
     if config.init == "random":
         model = MemoryDiT(config.preset).eval()
     else:
         model, trained = load_model(config.checkpoint)
         if trained["stage"] != "finetune":
-            raise UserError(f"{config.checkpoint} is of stage {trained['stage']}: continuing a clip needs one of finetune.py")
+            raise UserError(f"{config.checkpoint} is of stage {trained['stage']}: "
+                            "continuing a clip needs one of finetune.py")
     preset = PRESETS[model.preset]
     codec, prompts = make_codec(preset.codec), make_prompts(preset)
     info = video_info(config.history)
@@ -129,12 +133,14 @@ def main():
             times.append(seconds)
     strip = save_file.with_suffix(".png")
     draw_strip(strip, history, torch.cat(made), preset, codec)
-    print(f"{sum(times) / len(times):.2f} s a section of {seconds_a_section:g} s; peak memory {peak_memory(device):.2f} GiB")
+    print(f"{sum(times) / len(times):.2f} s a section of {seconds_a_section:g} s; "
+          f"peak memory {peak_memory(device):.2f} GiB")
     print(f"wrote {save_file} and {strip}")
 
 
 def draw_strip(path, history, made, preset, codec):
-    """A labelled picture: the newest 12 sections of the history above, a frame each; new sections below, 4 frames each."""
+    """A labelled picture: the newest 12 sections of the history above, a frame each;
+    new sections below, 4 frames each."""
     length = preset.section * codec.stride[0]                                   # frames a section
     rows = [("history,\na frame a section", history[len(history) % length // 2::length][-12:])]
     some = made[::max(1, length // 4)]

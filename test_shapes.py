@@ -1139,7 +1139,7 @@ def test_muon_makes_updates_orthogonal():
 def test_every_trained_weight_has_one_optimizer():
     dit = MemoryDiT("tiny")
     dit.dit.text_embedding.requires_grad_(False)
-    muon, adam = pretrain.make_optimizers(dit, 0.02, 0.1)
+    muon, adam = pretrain.make_optimizers(dit, 0.02)
     ids = lambda o: [id(p) for group in o.param_groups for p in group["params"]]
     assert sorted(ids(muon) + ids(adam)) == sorted(id(p) for p in dit.parameters() if p.requires_grad)
     names = {id(p): n for n, p in dit.named_parameters()}
@@ -1160,7 +1160,7 @@ def test_training_lowers_the_loss(stage1):
 def exact(monkeypatch):
     """Float32 and plain gradient descent: bf16 and Muon make much of the last bits."""
     monkeypatch.setattr(pretrain, "autocast", lambda device: torch.autocast("cpu", enabled=False))
-    monkeypatch.setattr(pretrain, "make_optimizers", lambda dit, lr, weight_decay: [
+    monkeypatch.setattr(pretrain, "make_optimizers", lambda dit, lr: [
         torch.optim.SGD([p for p in dit.parameters() if p.requires_grad], lr)])
 
 

@@ -268,8 +268,8 @@ def find_videos(folder):
 
 @contextmanager
 def whole_file(path):
-    """Makes the folder and gives a temporary path beside `path`: flushed and renamed at the end, removed on an exception,
-    so that `path` is always the old file or the whole new one."""
+    """Makes the folder and gives a temporary path beside `path`: flushed and renamed at the end, removed on an
+    exception, so that `path` is always the old file or the whole new one."""
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
