@@ -1,24 +1,27 @@
-"""Evaluation: metrics, and how well frames of the history are retrieved from memory.
+"""Evaluation: metrics, how well frames of the history are retrieved, and how well the next section continues it.
 
     python eval.py retrieval --checkpoint runs/pretrain/model.safetensors               held-out stories
     python eval.py retrieval --checkpoint runs/pretrain/model.safetensors --history clip.mp4    frames of one's own clip
+    python eval.py continuation --checkpoint runs/finetune/model.safetensors            held-out stories
 
 Every figure is printed with what produced it: checkpoint, step, seed, clips, sampler.
 """
 import math
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (Clip, Clips, make_codec, make_prompts, nearest_size, parse_flags, psnr, run_main, to_frames,
-                  to_pixels, world_clips)
+from data import (Clip, Clips, make_codec, make_prompts, nearest_size, parse_flags, psnr, run_main, to_frames, to_pixels,
+                  world_clips)
 from encoder import load_model
+from finetune import FinetuneConfig, ask
 from model import PRESETS, UserError, autocast, euler, pick_device
-from pretrain import PretrainConfig, Tools, draw_retrieval
-from video import contact_strip, read_video, video_info
+from pretrain import PretrainConfig, Tools, collate, draw_retrieval, generator, preview
+from video import read_video, video_info
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
@@ -53,96 +56,124 @@ def interval(values):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Frame retrieval
+# Frame retrieval and continuation
 
 
 @dataclass
-class RetrievalConfig:
-    checkpoint: str = "runs/pretrain/model.safetensors"    # weights from pretrain.py
-    history: str = ""             # a clip of one's own; without it, held-out stories of the paper-doll world
+class EvalConfig:
+    """What both share."""
+    checkpoint: str = ""          # weights
     clips: int = 64               # held-out stories
-    queries: int = 4              # frames retrieved of each
     steps: int = 20               # Euler steps
     seed: int = 0                 # of the query frames and the noise
     batch: int = 8                # stories at once
-    out: str = "out/retrieval.png"     # picture: original, retrieved and difference rows
+    out: str = ""                 # picture: original, model and difference rows
     device: str = "auto"          # auto, cpu, cuda, mps
     cache: str = "cache"          # folder for encoded clips
 
 
-def retrieval_clips(config, preset, codec):
-    """The held-out stories, or the windows of one's own clip, with their original pixels."""
-    if not config.history:
-        return world_clips("held-out", config.clips, preset, codec, config.cache, keep_pixels=True)
+@dataclass
+class RetrievalConfig(EvalConfig):
+    checkpoint: str = "runs/pretrain/model.safetensors"    # weights from pretrain.py
+    history: str = ""             # a clip of one's own; without it, held-out stories of the paper-doll world
+    queries: int = 4              # frames retrieved of each
+    out: str = "out/retrieval.png"     # picture: original, model and difference rows
+
+
+@dataclass
+class ContinuationConfig(EvalConfig):
+    checkpoint: str = "checkpoints/nano.safetensors"       # weights from finetune.py
+    out: str = "out/continuation.png"  # picture: original, model and difference rows
+
+
+def open_checkpoint(config, stage):
+    """(model on its device, tools, training config) of --checkpoint, which must be of this stage."""
+    model, trained = load_model(config.checkpoint)
+    if trained["stage"] != stage:
+        raise UserError(f"{config.checkpoint} is of stage {trained['stage']}: give one of {stage}.py")
+    model.to(pick_device(config.device))
+    preset = PRESETS[model.preset]
+    return model, Tools(preset, make_codec(preset.codec), make_prompts(preset), model.encoder), trained
+
+
+def own_clip(config, tools):
+    """The video --history as a dataset of one clip, with its original pixels."""
+    preset, codec = tools.preset, tools.codec
     frames = read_video(config.history, preset.fps, *nearest_size(preset, video_info(config.history)))
     if len(frames) < preset.section * codec.stride[0]:
         raise UserError(f"{config.history} has {len(frames)} frames at {preset.fps} fps; "
-                        f"at least {preset.section} are needed: give a longer clip")
+                        f"at least {preset.section * codec.stride[0]} are needed: give a longer clip")
     return Clips([Clip(codec.encode(to_pixels(frames)[None])[0], [], frames)])
 
 
 @torch.no_grad()
-def retrieve(model, tools, clips, config, device):
-    """Retrieve query frames of clips from their memories, without prompts.
-    Returns {name: frames uint8 (n, F', H, W, 3)}: truth; codec, its ceiling; retrieved; one_step, from pure noise at
-    once; wrong_memory, given that of the next clip; no_memory."""
-    settings = PretrainConfig(mask="none", text_drop=1.0, queries=config.queries, seed=config.seed)
+def reconstruct(model, tools, draw, n_clips, config):
+    """Denoise the targets of draw(rows) with several memories. Returns {name: frames uint8 (n, F', H, W, 3)}: truth;
+    codec, its ceiling; one_step, from pure noise at once; model, the full sampler; the same with no_memory, and with
+    wrong_memory, that of the next clip (if there is one)."""
+    device = next(model.parameters()).device
     results = {}
-    for first in tqdm(range(0, len(clips), config.batch), desc="retrieving"):
-        rows = range(first, min(first + config.batch, len(clips)))
-        batch = draw_retrieval(settings, tools, clips, rows, 0).to(device)
-        other = draw_retrieval(settings, tools, clips, [(row + 1) % len(clips) for row in rows], 0).to(device)
+    for first in tqdm(range(0, n_clips, config.batch), desc="evaluating"):
+        rows = range(first, min(first + config.batch, n_clips))
+        batch, other = draw(rows).to(device), draw([(row + 1) % n_clips for row in rows]).to(device)
         made = {"truth": batch.truth, "codec": batch.target}
         with autocast(device):
-            memories = {"retrieved": model.encode(batch.hr, batch.lr), "no_memory": None}
-            if len(clips) > 1:
-                memories["wrong_memory"] = model.encode(other.hr, other.lr)
-            sample = lambda memory, steps: euler(model.dit, batch.noise, batch.text, batch.frames, memory,
-                                                 steps).float()
-            made["one_step"] = sample(memories["retrieved"], 1)
-            made.update({name: sample(memory, config.steps) for name, memory in memories.items()})
+            def sample(memory, steps=config.steps):
+                return euler(model.dit, batch.noise, batch.text, batch.frames, memory, steps).float()
+            memory = model.encode(batch.hr, batch.lr)
+            made.update(one_step=sample(memory, 1), model=sample(memory), no_memory=sample(None))
+            if n_clips > 1:
+                made["wrong_memory"] = sample(model.encode(other.hr, other.lr))
         for name, x in made.items():
             results.setdefault(name, []).append((x if name == "truth" else to_frames(tools.codec.decode(x))).cpu())
     return {name: torch.cat(x) for name, x in results.items()}
 
 
-def retrieval(argv):
-    """Retrieve frames from memory: PSNR and SSIM against the original pixels, and a picture."""
-    config = parse_flags(RetrievalConfig, retrieval.__doc__, argv)
-    model, trained = load_model(config.checkpoint)
-    if trained["stage"] != "pretrain":
-        raise UserError(f"{config.checkpoint} is of stage {trained['stage']}: retrieval needs one of pretrain.py")
-    device = pick_device(config.device)
-    preset = PRESETS[model.preset]
-    codec = make_codec(preset.codec)
-    tools = Tools(preset, codec, make_prompts(preset), model.to(device).encoder)
-    clips = retrieval_clips(config, preset, codec)
-    made = retrieve(model, tools, clips, config, device)
+def report(made, trained, config, what):
+    """Print a row for each result of reconstruct(), and draw the first clips."""
     truth = made.pop("truth")
-    print(f"{config.checkpoint}: {trained['method']} {trained['rate']}, step {trained['step']}, "
-          f"seed {trained['seed']}; {len(clips)} clips x {truth.shape[1]} frames, query seed {config.seed}, "
-          f"{config.steps} Euler steps, no prompts")
-    print(f"{'':14}{'PSNR dB':>18}{'SSIM':>20}     mean over clips with its 95 % interval")
+    print(f"{config.checkpoint}: {trained['method']} {trained['rate']}, step {trained['step']}, seed {trained['seed']}; "
+          f"{len(truth)} clips x {truth.shape[1]} frames, {what}, noise seed {config.seed}, {config.steps} Euler steps")
+    print(f"{'':14}{'PSNR dB':>18}{'SSIM':>16}     mean over clips with its 95 % interval")
     for name, frames in made.items():
         p = interval(psnr(frames, truth).mean(1))
         s = interval(ssim(frames.flatten(0, 1), truth.flatten(0, 1)).view(len(truth), -1).mean(1))
-        print(f"{name:14}{p[0]:10.2f} ± {p[1]:5.2f}{s[0]:12.3f} ± {s[1]:5.3f}")
-    rows = []
-    for i in range(min(len(truth), 4)):
-        difference = (truth[i].int() - made["retrieved"][i].int()).abs().to(torch.uint8)
-        rows += [("original", truth[i]), ("retrieved", made["retrieved"][i]), ("difference", difference)]
-    contact_strip(rows, config.out)
+        print(f"{name:14}{p[0]:10.2f} ± {p[1]:5.2f}{s[0]:8.3f} ± {s[1]:5.3f}")
+    preview(Path(config.out), truth, made["model"])
     print(f"wrote {config.out}")
 
 
-COMMANDS = {"retrieval": retrieval}
+def retrieval(argv):
+    """Retrieve frames of the history from memory: PSNR, SSIM and a picture."""
+    config = parse_flags(RetrievalConfig, retrieval.__doc__, argv)
+    model, tools, trained = open_checkpoint(config, "pretrain")
+    clips = own_clip(config, tools) if config.history else world_clips(
+        "held-out", config.clips, tools.preset, tools.codec, config.cache, keep_pixels=True)
+    settings = PretrainConfig(mask="none", text_drop=1.0, queries=config.queries, seed=config.seed)
+    made = reconstruct(model, tools, lambda rows: draw_retrieval(settings, tools, clips, rows, 0), len(clips), config)
+    report(made, trained, config, "no prompts")
+
+
+def continuation(argv):
+    """Write the section after a full history of held-out stories: PSNR against the one right continuation, and a picture."""
+    config = parse_flags(ContinuationConfig, continuation.__doc__, argv)
+    model, tools, trained = open_checkpoint(config, "finetune")
+    clips = world_clips("held-out", config.clips, tools.preset, tools.codec, config.cache, keep_pixels=True)
+    begin = tools.preset.history
+    settings = FinetuneConfig(seed=config.seed)
+    draw = lambda rows: collate([ask(settings, tools, clips[row], 0, begin, clips[row].prompt(begin),
+                                     generator(config.seed, row)) for row in rows])
+    report(reconstruct(model, tools, draw, len(clips), config), trained, config, "with prompts")
+
+
+COMMANDS = {"retrieval": retrieval, "continuation": continuation}
 
 
 def main():
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print(__doc__)
-        print("commands: " + "; ".join(f"{k}: {f.__doc__.splitlines()[0]}" for k, f in COMMANDS.items()))
+        print("\n".join(f"eval.py {k}: {f.__doc__}" for k, f in COMMANDS.items()))
         return
     if name not in COMMANDS:
         raise UserError(f"eval.py {name}: choose one of {', '.join(COMMANDS)}")

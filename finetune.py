@@ -46,15 +46,20 @@ def draw_continuation(config, tools, clips, rows, step):
     for row in rows:
         clip, g = clips[row], generator(config.seed, step, row)
         begin = begins(clip, length)[int(torch.randint(len(begins(clip, length)), (), generator=g))]
-        first = begin - length * section - waiting
-        hr = clip.latents[None, :, first:begin].float()                         # (1, C, F, H, W)
-        target = clip.latents[None, :, begin:begin + section].float()
         prompt = clip.prompt(begin) if torch.rand((), generator=g) >= config.text_drop else ""
-        frames = torch.arange(begin - first, begin - first + section)[None].float()
-        parts.append(Batch(hr, downsample(tools, hr), target, frames, torch.randn(target.shape, generator=g),
-                           sample_t(1, config.t_mean, g), tools.prompts(prompt)[None],
-                           clip.truth(torch.arange(begin, begin + section))))
+        parts.append(ask(config, tools, clip, begin - length * section - waiting, begin, prompt, g))
     return collate(parts)
+
+
+def ask(config, tools, clip, first, begin, prompt, g):
+    """A batch of one: the section that begins at latent frame `begin`, after the history from `first` on."""
+    section = tools.preset.section
+    hr = clip.latents[None, :, first:begin].float()                             # (1, C, F, H, W)
+    target = clip.latents[None, :, begin:begin + section].float()
+    frames = torch.arange(begin - first, begin - first + section)[None].float()
+    return Batch(hr, downsample(tools, hr), target, frames, torch.randn(target.shape, generator=g),
+                 sample_t(1, config.t_mean, g), tools.prompts(prompt)[None],
+                 clip.truth(torch.arange(begin, begin + section)))
 
 
 def encoder_file(config):

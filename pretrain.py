@@ -341,8 +341,24 @@ def preview(path, truth, result, n_clips=4):
     contact_strip(rows, path)
 
 
+def accumulate_gradients(config, tools, draw, ddp, clips, step, rank, world, device):
+    """Gradients of the mean loss over the global batch `clips`, whatever the number of processes and micro-batches.
+    Returns the sum of this process's losses."""
+    mine = range(rank, config.batch, world)                         # rows of the global batch that are this process's
+    micros = [mine[i:i + config.micro_batch] for i in range(0, len(mine), config.micro_batch)]
+    total = torch.zeros((), device=device)
+    for rows in micros:
+        batch = draw(config, tools, clips, rows, step).to(device)
+        synchronise = world == 1 or rows is micros[-1]
+        with autocast(device), contextlib.nullcontext() if synchronise else ddp.no_sync():
+            loss = ddp(batch.hr, batch.lr, batch.target, batch.frames, batch.noise, batch.t, batch.text).sum()
+            (loss * world / config.batch).backward()                # DDP averages over processes: undo it
+        total += loss.detach()
+    return total
+
+
 def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank, world, device):
-    """Train `model` on `clips`: draw(config, tools, clips, rows, step) says what to denoise. One loss, both stages."""
+    """Train `model` on `clips`: draw(config, tools, clips, rows, step) says what to denoise. One loop, both stages."""
     out = Path(config.out)
     model.to(device)
     ema = EMA(model, config.ema)
@@ -353,10 +369,7 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
             block.compile()                                         # in place: parameter names stay as they are
     devices = [device.index] if device.type == "cuda" else None
     ddp = DistributedDataParallel(model, device_ids=devices) if world > 1 else model
-    mine = range(rank, config.batch, world)                         # rows of the global batch that are this process's
-    micros = [mine[i:i + config.micro_batch] for i in range(0, len(mine), config.micro_batch)]
     out.mkdir(parents=True, exist_ok=True)
-    log = (out / "log.jsonl").open("a") if rank == 0 else None
     signals = []                                                    # Ctrl-C and SIGTERM: finish the step, save, leave
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda number, frame: signals.append(number))
@@ -367,15 +380,8 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
         for optimizer, peak in zip(optimizers, (config.lr, 0.1 * config.lr)):
             for group in optimizer.param_groups:
                 group["lr"] = peak * learning_rate(step, config)
-        total = torch.zeros((), device=device)
-        batch_clips = [clips[i] for i in clips.batch(step, config.batch, config.seed)]
-        for rows in micros:
-            batch = draw(config, tools, batch_clips, rows, step).to(device)
-            synchronise = world == 1 or rows is micros[-1]
-            with autocast(device), contextlib.nullcontext() if synchronise else ddp.no_sync():
-                loss = ddp(batch.hr, batch.lr, batch.target, batch.frames, batch.noise, batch.t, batch.text).sum()
-                (loss * world / config.batch).backward()            # DDP averages over processes: undo it
-            total += loss.detach()
+        batch = [clips[i] for i in clips.batch(step, config.batch, config.seed)]
+        total = accumulate_gradients(config, tools, draw, ddp, batch, step, rank, world, device)
         norm = torch.nn.utils.clip_grad_norm_(ema.params, config.clip_grad)
         if norm.isfinite():                                         # the same on every process: gradients are shared
             for optimizer in optimizers:
@@ -399,9 +405,9 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
                 preview(out / f"preview_{step + 1:06d}.png", *pictures)
                 save(config, stage, model, ema, optimizers, step + 1)
                 tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in record.items()))
-        if log:
-            log.write(json.dumps(record) + "\n")
-            log.flush()
+        if rank == 0:
+            with (out / "log.jsonl").open("a") as log:
+                log.write(json.dumps(record) + "\n")
         if stop:
             if rank == 0:
                 tqdm.write(f"stopped by a signal after step {step + 1}, saved in {out}; go on with --resume")

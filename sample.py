@@ -2,7 +2,7 @@ r"""Continue a clip: read it into memory, then generate section after section, a
 
     python sample.py --history clip.mp4
     python sample.py --history clip.mp4 \
-        --prompt "0s: beach wide tall person at left / 2s: city close nobody with ball at right"
+        --prompt "0s: beach wide tall person left to right with nothing nowhere to nowhere / 2s: ..."
 
 Without --prompt, the storyboard beside the clip is used (clip.txt or clip.json; its times count from the clip's start).
 Writes the history and what continues it to --save_file, and a strip of pictures beside it.

@@ -160,15 +160,16 @@ def make_story(seed, sections=11):
 
 
 def caption(story, k):
-    """The words of section k (13 at most): all there is to know of its picture, but for what has to be remembered."""
+    """The words of section k: all there is to know of its picture, but for what has to be remembered. Always twelve words,
+    each with its own place: embeddings that know no grammar (data.HashPrompts) can then be understood."""
     shot = story.shots[k]
-    who = None if shot.character is None else f"{story.characters[shot.character].build} person"
-    what = None if shot.thing is None else story.things[shot.thing].shape
-    who, what = (
-        name and f"{name} at {SLOTS[a]}" if a == b else name and f"{name} from {SLOTS[a]} to {SLOTS[b]}"
-        for name, (a, b) in ((who, shot.walk), (what, shot.slide)))
-    words = [story.scenes[shot.scene].kind, FRAMINGS[shot.framing], who or "nobody"]
-    return " ".join(words + ["with", what] * bool(what))
+    who, what = "nobody there", "nothing"
+    walk = slide = "nowhere to nowhere"
+    if shot.character is not None:
+        who, walk = f"{story.characters[shot.character].build} person", " to ".join(SLOTS[i] for i in shot.walk)
+    if shot.thing is not None:
+        what, slide = story.things[shot.thing].shape, " to ".join(SLOTS[i] for i in shot.slide)
+    return f"{story.scenes[shot.scene].kind} {FRAMINGS[shot.framing]} {who} {walk} with {what} {slide}"
 
 
 def askable(story, k, first=0):
