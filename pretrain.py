@@ -341,6 +341,20 @@ def preview(path, truth, result, n_clips=4):
     contact_strip(rows, path)
 
 
+def describe(config, model, tools, world):
+    """Print what is about to be trained."""
+    count = lambda module: sum(p.numel() for p in module.parameters() if p.requires_grad) / 1e6
+    print(f"training {count(model.dit):.1f} M parameters of the DiT" +
+          (f", {count(model.encoder):.1f} M of the memory encoder" if model.encoder else ""))
+    print(f"batch {config.batch} = {world} processes x {config.batch / world:g} clips, at most {config.micro_batch} at once")
+    if model.encoder:
+        p, (f, h, w) = tools.preset, model.encoder.block
+        height, width = (size // stride for size, stride in zip(p.sizes[0], tools.codec.stride[1:]))    # of a latent
+        tokens = -(-p.history // f) * -(-height // h) * -(-width // w)
+        print(f"memory: {tokens} tokens for a history of {p.history} latents of {height}x{width} (uncompressed: "
+              f"{p.history * height * width // 4}); {p.dit.dim / (p.dit.in_dim * f * h * w):.3g} channels a latent value")
+
+
 def accumulate_gradients(config, tools, draw, ddp, clips, step, rank, world, device):
     """Gradients of the mean loss over the global batch `clips`, whatever the number of processes and micro-batches.
     Returns the sum of this process's losses."""
@@ -370,6 +384,8 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
     devices = [device.index] if device.type == "cuda" else None
     ddp = DistributedDataParallel(model, device_ids=devices) if world > 1 else model
     out.mkdir(parents=True, exist_ok=True)
+    if rank == 0:
+        describe(config, model, tools, world)
     signals = []                                                    # Ctrl-C and SIGTERM: finish the step, save, leave
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda number, frame: signals.append(number))
