@@ -65,6 +65,7 @@ class EvalConfig:
     checkpoint: str = ""          # weights
     clips: int = 64               # held-out stories
     steps: int = 20               # Euler steps
+    shift: float = 3.0            # timestep shift of the sampler
     seed: int = 0                 # of the query frames and the noise
     batch: int = 8                # stories at once
     out: str = ""                 # picture: original, model and difference rows
@@ -119,7 +120,7 @@ def reconstruct(model, tools, draw, n_clips, config):
         made = {"truth": batch.truth, "codec": batch.target}
         with autocast(device):
             def sample(memory, steps=config.steps):
-                return euler(model.dit, batch.noise, batch.text, batch.frames, memory, steps).float()
+                return euler(model.dit, batch.noise, batch.text, batch.frames, memory, steps, config.shift).float()
             memory = model.encode(batch.hr, batch.lr)
             made.update(one_step=sample(memory, 1), model=sample(memory), no_memory=sample(None))
             if n_clips > 1:
@@ -133,7 +134,8 @@ def report(made, trained, config, what):
     """Print a row for each result of reconstruct(), and draw the first clips."""
     truth = made.pop("truth")
     print(f"{config.checkpoint}: {trained['method']} {trained['rate']}, step {trained['step']}, seed {trained['seed']}; "
-          f"{len(truth)} clips x {truth.shape[1]} frames, {what}, noise seed {config.seed}, {config.steps} Euler steps")
+          f"{len(truth)} clips x {truth.shape[1]} frames, {what}, noise seed {config.seed}, {config.steps} Euler steps, "
+          f"shift {config.shift:g}")
     print(f"{'':14}{'PSNR dB':>18}{'SSIM':>16}     mean over clips with its 95 % interval")
     for name, frames in made.items():
         p = interval(psnr(frames, truth).mean(1))

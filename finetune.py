@@ -23,6 +23,8 @@ class FinetuneConfig(Config):
     encoder: str = "runs/pretrain"     # the stage-1 run whose φ is taken; "none" starts a fresh one (Without Pretrain)
     freeze_encoder: bool = False  # keep φ as it is (the paper's ablation)
     steps: int = 1400             # optimizer steps
+    t_mean: float = 2.5           # noise levels that the DiT trains on: sigmoid of N(t_mean, t_std). Frames of a section
+    t_std: float = 2.0            # are so alike that only near t = 1 the prompt and the memory are needed, so go there
     text_drop: float = 0.1        # share of samples without a prompt, for classifier-free guidance
 
 
@@ -58,7 +60,7 @@ def ask(config, tools, clip, first, begin, prompt, g):
     target = clip.latents[None, :, begin:begin + section].float()
     frames = torch.arange(begin - first, begin - first + section)[None].float()
     return Batch(hr, downsample(tools, hr), target, frames, torch.randn(target.shape, generator=g),
-                 sample_t(1, config.t_mean, g), tools.prompts(prompt)[None],
+                 sample_t(1, config.t_mean, config.t_std, g), tools.prompts(prompt)[None],
                  clip.truth(torch.arange(begin, begin + section)))
 
 

@@ -313,9 +313,9 @@ class DiT(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # Rectified flow
 
-def sample_t(n, mean, generator=None):
-    """n noise levels in (0, 1), logit-normal: sigmoid of N(mean, 1)."""
-    return torch.sigmoid(mean + torch.randn(n, generator=generator))
+def sample_t(n, mean, std=1.0, generator=None):
+    """n noise levels in (0, 1), logit-normal: sigmoid of N(mean, std). A timestep shift s adds log(s) to the mean."""
+    return torch.sigmoid(mean + std * torch.randn(n, generator=generator))
 
 
 def add_noise(x0, noise, t):

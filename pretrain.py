@@ -40,8 +40,9 @@ class Config:
     out: str = "runs/pretrain"    # run folder: model.safetensors, state.pt, log.jsonl, previews
     init: str = "checkpoints/nano-base.safetensors"    # base DiT: a file or folder of weights, or "random"
     text_drop: float = 0.5        # share of samples without a prompt
-    t_mean: float = 1.3           # mean of the logit-normal noise levels that the DiT trains on
-    steps: int = 1800             # optimizer steps
+    t_mean: float = 1.3           # noise levels that the DiT trains on: sigmoid of N(t_mean, t_std)
+    t_std: float = 1.0            # their spread
+    steps: int = 1200             # optimizer steps
     batch: int = 8                # clips a step, over all processes
     micro_batch: int = 8          # clips a forward pass on one process; gradients are accumulated up to the batch
     lr: float = 0.04              # peak learning rate of the matrices (Muon); all else has a tenth of it (AdamW)
@@ -52,6 +53,7 @@ class Config:
     clips: int = 3072             # stories of the paper-doll world to train on
     held_out: int = 16            # clips for the figures in the log
     sample_steps: int = 10        # Euler steps of the sampler in the log
+    sample_shift: float = 3.0     # and its timestep shift
     save_every: int = 250         # steps between checkpoints, figures and previews
     compile: bool = False         # torch.compile the DiT's blocks
     device: str = "auto"          # auto, cpu, cuda, mps
@@ -130,14 +132,14 @@ def draw_retrieval(config, tools, clips, rows, step):
         asked = omega[torch.randint(len(omega), (), generator=g)]
         prompt = clip.prompt(first + int(asked)) if torch.rand((), generator=g) >= config.text_drop else ""
         parts.append(Batch(hr, lr, target, omega[None].float(), torch.randn(target.shape, generator=g),
-                           sample_t(1, config.t_mean, g), tools.prompts(prompt)[None], clip.truth(first + omega)))
+                           sample_t(1, config.t_mean, config.t_std, g), tools.prompts(prompt)[None], clip.truth(first + omega)))
     return collate(parts)
 
 
 def mask_history(hr, lr, omega, g):
     """mask(H, Ω): frames in Ω stay clean, all others get noise of one level, sigmoid(N(0.2, 1)); lr gets its own noise,
     and is clean where any of its frames is in Ω (paper, section 3.1)."""
-    level = sample_t(1, 0.2, g)
+    level = sample_t(1, 0.2, generator=g)
     clean = torch.zeros(hr.shape[2], dtype=torch.bool)
     clean[omega] = True
     clean_lr = clean.view(lr.shape[2], -1).any(1)
@@ -289,7 +291,7 @@ def resume(config, model, ema, optimizers):
     return state["step"]
 
 
-LOSS_TIMES = (0.25, 0.5, 0.75, 0.95)
+LOSS_TIMES = (0.25, 0.5, 0.75, 0.95, 0.99)
 FIGURES = (*(f"loss_t{t}" for t in LOSS_TIMES), "psnr_one_step", "psnr", "psnr_wrong_memory")
 
 
@@ -306,7 +308,7 @@ def evaluate(config, tools, draw, model, clips, rows, device):
                       batch.text).sum()
                 for t in LOSS_TIMES]
         memory, wrong = model.encode(batch.hr, batch.lr), model.encode(other.hr, other.lr)
-        made = [euler(model.dit, batch.noise, batch.text, batch.frames, m, steps).float()
+        made = [euler(model.dit, batch.noise, batch.text, batch.frames, m, steps, config.sample_shift).float()
                 for m, steps in ((memory, 1), (memory, config.sample_steps), (wrong, config.sample_steps))]
     made = [to_frames(tools.codec.decode(x)) for x in made]
     sums += [psnr(frames, batch.truth).mean(1).sum() for frames in made]

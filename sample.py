@@ -31,7 +31,7 @@ class SampleConfig:
     seconds: float = 6.0          # length of what is generated, rounded up to whole sections
     steps: int = 20               # Euler steps a section
     guidance: float = 1.5         # classifier-free guidance: 1 is none
-    shift: float = 1.0            # timestep shift: above 1, more steps at high noise
+    shift: float = 3.0            # timestep shift: above 1, more steps at high noise
     seed: int = 0                 # of the noise
     save_file: str = ""           # the video to write [out/NAME.mp4]
     memory_seconds: float = 20.0  # how much history is kept in memory; 0: all

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-KINDS = ("forest", "hills", "city", "room", "beach", "desert")   # the word names the structure, never the colours
+KINDS = ("room", "desert", "forest", "hills", "beach", "city")   # in the order of their hues, red to violet
 BUILDS = {  # legs, half torso width, torso height, head radius (units), taper (> 0: wider at the hips)
     "tall": (16.0, 6.6, 17.0, 6.0, 0.0), "broad": (9.0, 7.5, 17.0, 6.4, -0.3),
     "small": (6.0, 6.4, 15.0, 7.6, 0.05), "round": (7.0, 7.6, 17.0, 6.2, 0.45)}
@@ -95,9 +95,12 @@ def pick_cells(rng, rows, columns, least, most):
 
 
 def make_scene(rng, kind):
-    """Pastel colours: scenery stays paler than clothes, so that people never drown in it."""
-    hue = rng.random() + np.array([0.0, 0.3, 0.52, 0.76]) + rng.uniform(-0.07, 0.07, 4)
+    """Pastel colours: scenery stays paler than clothes, so that people never drown in it. The ground and what is far have
+    about the hue that goes with the kind, so that a word can be told by a glance; tone, sky, accent and layout are free."""
+    own = KINDS.index(kind) / len(KINDS)
+    hue = np.array([rng.random(), own, own + 0.06, rng.random()]) + rng.uniform(-0.05, 0.05, 4)
     saturation, value = rng.uniform(0.22, 0.42, 4), rng.uniform([0.9, 0.74, 0.58, 0.88], [0.98, 0.84, 0.7, 0.98])
+    saturation[1:3] += 0.12
     k = (np.array([5.0, 3.0, 1.0]) + 6 * hue[:, None]) % 6                  # the usual closed form of hsv -> rgb
     rgb = value[:, None] * (1 - saturation[:, None] * np.clip(np.minimum(k, 4 - k), 0, 1))
     return Scene(kind, tuple(map(tuple, (255 * rgb).astype(int).tolist())), tuple(rng.random(12).tolist()))
