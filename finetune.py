@@ -23,8 +23,9 @@ class FinetuneConfig(Config):
     encoder: str = "runs/pretrain"     # the stage-1 run whose φ is taken; "none" starts a fresh one (Without Pretrain)
     freeze_encoder: bool = False  # keep φ as it is (the paper's ablation)
     steps: int = 1400             # optimizer steps
-    t_mean: float = 2.5           # noise levels that the DiT trains on: sigmoid of N(t_mean, t_std). Frames of a section
-    t_std: float = 2.0            # are so alike that only near t = 1 the prompt and the memory are needed, so go there
+    # The frames of a section are so alike that prompt and memory are needed only near t = 1: go there often.
+    t_mean: float = 2.5           # noise levels that the DiT trains on: sigmoid of N(t_mean, t_std)
+    t_std: float = 2.0            # their spread
     text_drop: float = 0.1        # share of samples without a prompt, for classifier-free guidance
 
 

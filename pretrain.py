@@ -132,7 +132,8 @@ def draw_retrieval(config, tools, clips, rows, step):
         asked = omega[torch.randint(len(omega), (), generator=g)]
         prompt = clip.prompt(first + int(asked)) if torch.rand((), generator=g) >= config.text_drop else ""
         parts.append(Batch(hr, lr, target, omega[None].float(), torch.randn(target.shape, generator=g),
-                           sample_t(1, config.t_mean, config.t_std, g), tools.prompts(prompt)[None], clip.truth(first + omega)))
+                           sample_t(1, config.t_mean, config.t_std, g), tools.prompts(prompt)[None],
+                           clip.truth(first + omega)))
     return collate(parts)
 
 
@@ -279,7 +280,7 @@ def resume(config, model, ema, optimizers):
     except Exception as e:
         raise UserError(f"--resume: {path} cannot be read ({str(e).splitlines()[0]}); start without --resume") from None
     free = ("steps", "out", "device", "compile", "resume", "cache", "save_every", "micro_batch", "held_out",
-            "sample_steps")
+            "sample_steps", "sample_shift")
     for key, value in state["config"].items():
         if key not in free and value != getattr(config, key):
             raise UserError(f"--resume: {path} was made with --{key} {value}, not {getattr(config, key)}; "
