@@ -18,8 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from model import (PRESETS, Attention, DiT, UserError, flow_loss, load_weights, pad_replicate, read_metadata, rope,
-                   token_positions)
+from model import (PRESETS, Attention, DiT, UserError, flow_loss, get_preset, load_weights, pad_replicate, read_metadata,
+                   rope, token_positions)
 
 METHODS = ("proposed", "only-lr", "without-lr", "none")
 
@@ -102,6 +102,7 @@ class MemoryEncoder(nn.Module):
         return n_frames if n_frames < lone else lone + (n_frames - lone) // self.segment * self.segment
 
     def forward(self, hr, lr, start=0):
+        """See the class. Raises ValueError if hr is not whole segments."""
         if self.whole(hr.shape[2], start) != hr.shape[2]:
             raise ValueError(f"{hr.shape[2]} latents from {start} are not whole segments of {self.segment}")
         lone = 1 if self.causal and start == 0 else 0
@@ -144,12 +145,11 @@ class MemoryDiT(nn.Module):
         if method not in METHODS:
             raise UserError(f"--method {method}: choose one of {', '.join(METHODS)}")
         self.preset, self.method, self.rate = preset, method, rate
-        self.dit = DiT(PRESETS[preset].dit)
+        self.dit = DiT(get_preset(preset).dit)
         self.encoder = None if method == "none" else MemoryEncoder(method, rate, preset, self.dit.patch_embedding)
 
     def encode(self, hr, lr, start=0):
-        """φ of a history (B, C, F, H, W): its whole segments (lr covers these),
-        then an unfinished one, uncompressed."""
+        """φ of a history (B, C, F, H, W): its whole segments, which lr covers; an unfinished one stays uncompressed."""
         if self.encoder is None:
             return None
         n = self.encoder.whole(hr.shape[2], start)

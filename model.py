@@ -67,6 +67,13 @@ PRESETS = {
 }
 
 
+def get_preset(name):
+    """The preset of this name."""
+    if name not in PRESETS:
+        raise UserError(f"--preset {name}: choose one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sizes and positions
 
@@ -283,6 +290,7 @@ class DiT(nn.Module):
             return e, linear(self.time_projection[1], F.silu(e)).unflatten(-1, (6, -1))
 
     def forward(self, x, t, text, frames=None, memory=None):
+        """See the class."""
         c = self.config
         B, _, n_frames, height, width = x.shape
         rows, columns = height // c.patch[1], width // c.patch[2]

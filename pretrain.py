@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data import make_codec, make_prompts, open_dataset, parse_flags, psnr, run_main, to_frames
 from encoder import MemoryDiT
-from model import (PRESETS, Preset, UserError, add_noise, autocast, euler, load_weights, pick_device, sample_t,
+from model import (Preset, UserError, add_noise, autocast, euler, get_preset, load_weights, pick_device, sample_t,
                    wan_name, weight_files)
 from video import contact_strip, whole_file
 
@@ -178,6 +178,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        """One update; parameters without a gradient stay as they are."""
         for group in self.param_groups:
             by_shape = {}
             for p in group["params"]:
@@ -438,8 +439,6 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
 
 def check(config):
     """Refuse what cannot work before anything is loaded."""
-    if config.preset not in PRESETS:
-        raise UserError(f"--preset {config.preset}: choose one of {', '.join(PRESETS)}")
     for key in ("steps", "batch", "micro_batch", "save_every", "held_out", "sample_steps", "clips"):
         if getattr(config, key) < 1:
             raise UserError(f"--{key} {getattr(config, key)}: must be at least 1")
@@ -448,16 +447,18 @@ def check(config):
 def setup(config):
     """All that both stages build first: processes, model with the base DiT in it, data."""
     check(config)
+    preset = get_preset(config.preset)
+    codec, prompts = make_codec(preset.codec), make_prompts(preset)
     rank, world, device = start_processes(config)
     if config.batch < world:
         raise UserError(f"--batch {config.batch}: must be at least the number of processes, {world}")
     torch.manual_seed(config.seed)
     model = MemoryDiT(config.preset, config.method, config.rate)
     load_base(model.dit, config.init)
-    preset = PRESETS[config.preset]
-    tools = Tools(preset, make_codec(preset.codec), make_prompts(preset), model.encoder)
-    clips, held_out = open_dataset(config, tools.codec)
-    return model, clips, held_out, tools, rank, world, device
+    if model.encoder:                   # φ starts from the base DiT's patch embedding
+        model.encoder.patch_embedding.load_state_dict(model.dit.patch_embedding.state_dict())
+    clips, held_out = open_dataset(config, codec)
+    return model, clips, held_out, Tools(preset, codec, prompts, model.encoder), rank, world, device
 
 
 def main():
@@ -465,8 +466,6 @@ def main():
     if config.mask not in ("none", "noise"):
         raise UserError(f"--mask {config.mask}: choose none or noise")
     model, *rest = setup(config)
-    if model.encoder is not None:       # φ starts from the base DiT's patch embedding
-        model.encoder.patch_embedding.load_state_dict(model.dit.patch_embedding.state_dict())
     # figures are for clean histories, without prompts: only memory can answer
     train(config, "pretrain", draw_retrieval, replace(config, mask="none", text_drop=1.0), model, *rest)
 

@@ -37,7 +37,7 @@ class SampleConfig:
     memory_seconds: float = 20.0  # how much history is kept in memory; 0: all
     device: str = "auto"          # auto, cpu, cuda, mps
     init: str = ""                # "random": random weights of --preset, to measure speed and memory
-    preset: str = "nano"          # with --init random
+    preset: str = "nano"          # of --init random
 
 
 def storyboard_of(config, clip_seconds):
