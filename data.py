@@ -135,7 +135,7 @@ def make_prompts(preset):
 @dataclass
 class Clip:
     """One encoded video. latents (C, F, h, w) float16; storyboard [(first latent frame, prompt)]; pixels uint8
-    (F, H, W, 3) or None; sections: world.Story, where it is known what each section asks for, else None."""
+    (F, H, W, 3) or None; story: the world.Story that it shows, which tells what each section asks for, or None."""
     latents: torch.Tensor
     storyboard: list
     pixels: object = None

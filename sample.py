@@ -86,6 +86,7 @@ def check(config):
 
 
 def main():
+    """Read the history into memory, continue it section by section, write the video and a strip."""
     config = parse_flags(SampleConfig, __doc__, aliases={
         "steps": ["--sample_steps"], "shift": ["--sample_shift"], "guidance": ["--sample_guide_scale"],
         "seed": ["--base_seed"]})
@@ -139,8 +140,7 @@ def main():
 
 
 def draw_strip(path, history, made, preset, codec):
-    """A labelled picture: the newest 12 sections of the history above, a frame each;
-    new sections below, 4 frames each."""
+    """A labelled picture: the newest 12 sections of the history above, a frame each; new ones below, 4 frames each."""
     length = preset.section * codec.stride[0]                                   # frames a section
     rows = [("history,\na frame a section", history[len(history) % length // 2::length][-12:])]
     some = made[::max(1, length // 4)]
