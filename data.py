@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import world
-from model import PRESETS, UserError, pad_replicate
+from model import PRESETS, UserError, get_preset, pad_replicate
 from video import VideoWriter, find_videos, prompt_at, read_video, storyboard_beside, video_info, whole_file
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,8 +77,9 @@ class DCTCodec:
     def downsample(self, latents, rate):
         """The latents of the video made smaller by rate (t, h, w): (B, 16, F, h', w') -> (B, 16, F/t, ...), sizes
         padded up to whole tokens by replication."""
-        latents = pad_replicate(latents, (rate[0], 2 * rate[1], 2 * rate[2]))
-        return F.conv3d(latents, self.downsampling_kernel(rate).to(latents), stride=rate)
+        with torch.autocast(latents.device.type, enabled=False):                # exact in float32
+            latents = pad_replicate(latents.float(), (rate[0], 2 * rate[1], 2 * rate[2]))
+            return F.conv3d(latents, self.downsampling_kernel(rate).to(latents), stride=rate)
 
 
 def make_codec(name):
@@ -108,6 +109,12 @@ def hash_word(word, dim):
     return np.random.default_rng(seed).standard_normal(dim).astype(np.float32)
 
 
+@functools.lru_cache
+def warn(message):
+    """Say it once."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
 class HashPrompts:
     """Prompt embeddings without weights: each word a fixed random vector plus a fixed code of its position."""
 
@@ -117,7 +124,10 @@ class HashPrompts:
     def __call__(self, prompt):
         """A text -> (length, dim), zero rows after its last word; all zeros for an empty prompt."""
         rows = np.zeros((self.length, self.dim), np.float32)
-        for i, word in enumerate(re.findall(r"\w+", prompt.lower())[:self.length]):
+        words = re.findall(r"\w+", prompt.lower())
+        if len(words) > self.length:
+            warn(f'a prompt of {len(words)} words is cut to {self.length}: "{prompt[:60]}..."')
+        for i, word in enumerate(words[:self.length]):
             rows[i] = hash_word(word, self.dim) + 0.5 * hash_word(f"position {i}", self.dim)
         return torch.from_numpy(rows)
 
@@ -211,7 +221,8 @@ def encode_story(split, index, preset, codec):
 
 def world_clips(split, count, preset, codec, cache, keep_pixels=False):
     """`count` stories, encoded. Latents are cached in a file named after all that they depend on."""
-    source = Path(world.__file__).read_bytes() + repr((preset, codec.scale.tolist(), STORY_SECTIONS)).encode()
+    settings = (preset.sizes[0], preset.section, preset.codec, codec.scale.tolist(), STORY_SECTIONS)
+    source = Path(world.__file__).read_bytes() + repr(settings).encode()
     path = Path(cache) / f"world-{split}-{count}-{hashlib.sha256(source).hexdigest()[:12]}.safetensors"
     if not path.exists():
         latents = [encode_story(split, i, preset, codec) for i in tqdm(range(count), desc=f"drawing {split} stories")]
@@ -261,7 +272,7 @@ def video_clips(folder, preset, codec, cache):
             skipped.append(str(e))
             continue
         if prompts is None:
-            print(f"warning: no caption beside {path} (.txt or .json): trained without a prompt", file=sys.stderr)
+            warn(f"no caption beside {path} (.txt or .json): trained without a prompt")
         board = [(round(seconds * preset.fps / codec.stride[0]), prompt) for seconds, prompt in prompts or []]
         clips[path] = Clip(latents, board)
     for message in skipped:
@@ -273,6 +284,8 @@ def video_clips(folder, preset, codec, cache):
     held_out, train = order[:max(1, len(order) // 10)], order[max(1, len(order) // 10):] or order
     print(f"{len(train)} videos to train on, {len(held_out)} held out ({', '.join(p.name for p in held_out)}), "
           f"{len(skipped)} skipped")
+    if len(clips) < 2:
+        warn("one video alone is trained on and held out too: its figures say nothing of other videos")
     for path in held_out:
         clips[path].pixels = read_video(path, preset.fps, *nearest_size(preset, video_info(path)))
     return Clips([clips[p] for p in train]), Clips([clips[p] for p in held_out])
@@ -299,7 +312,7 @@ def psnr(a, b):
 
 def field_help(cls):
     """{field: its trailing comment}, so that a flag is described where it is defined."""
-    text = "".join(inspect.getsource(c) for c in cls.__mro__ if is_dataclass(c))
+    text = "".join(inspect.getsource(c) for c in reversed(cls.__mro__) if is_dataclass(c))
     return dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.*)$", text, re.M))
 
 
@@ -353,7 +366,9 @@ class StoryConfig:
 def write_story(argv):
     """Write a held-out story of the paper-doll world as a video, with its storyboard beside it."""
     config = parse_flags(StoryConfig, write_story.__doc__, argv)
-    preset = PRESETS[config.preset]
+    preset = get_preset(config.preset)
+    if config.index < 0:
+        raise UserError(f"--index {config.index}: stories are numbered from 0")
     story, frames = story_pixels("held-out", config.index, preset)
     shown = len(frames) if config.truth else preset.history
     with VideoWriter(config.out, preset.fps, *preset.sizes[0]) as writer:

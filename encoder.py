@@ -172,7 +172,7 @@ class Memory:
 
     def __init__(self, model, codec, most=None):
         self.model, self.codec, self.most = model, codec, most
-        self.segments = []              # [(tokens (1, m, D), positions (m, 3))] of each whole segment that is kept
+        self.segments = []              # (tokens (1, m, D), positions (m, 3), frames) of each whole segment that is kept
         self.waiting = None             # latents of an unfinished segment, (1, C, F, H, W)
         self.frames = 0                 # latent frames appended so far: the time of the next one
 
@@ -188,7 +188,7 @@ class Memory:
         while encoder.whole(latents.shape[2], start):       # one segment at a time bounds what the convolutions need
             n = 1 if encoder.causal and start == 0 else encoder.segment
             hr = latents[:, :, :n]
-            self.segments.append(encoder(hr, self.codec.downsample(hr, encoder.rate), start))
+            self.segments.append((*encoder(hr, self.codec.downsample(hr, encoder.rate), start), n))
             latents, start = latents[:, :, n:], start + n
         self.waiting = latents
         if self.most is not None:
@@ -197,7 +197,7 @@ class Memory:
     @torch.no_grad()
     def context(self):
         """What the DiT reads: (tokens (1, M, D), positions (M, 3)), or None for a model without memory."""
-        parts = list(self.segments)
+        parts = [segment[:2] for segment in self.segments]
         if self.waiting is not None and self.waiting.shape[2]:
             parts.append(self.model.encoder.embed_frames(self.waiting, self.frames - self.waiting.shape[2]))
         if not parts:
@@ -210,8 +210,7 @@ class Memory:
         if self.waiting is None:
             return 0
         rows, columns = (-(-size // p) for size, p in zip(self.waiting.shape[3:], self.model.encoder.patch[1:]))
-        first = min((float(p[:, 0].min()) for _, p in self.segments), default=self.frames - self.waiting.shape[2])
-        return round(self.frames - math.floor(first)) * rows * columns
+        return (sum(n for *_, n in self.segments) + self.waiting.shape[2]) * rows * columns
 
 
 def load_model(path):

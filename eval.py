@@ -89,6 +89,9 @@ class ContinuationConfig(EvalConfig):
 
 def open_checkpoint(config, stage):
     """(model on its device, tools, training config) of --checkpoint, which must be of this stage."""
+    for key in ("clips", "steps", "batch"):
+        if getattr(config, key) < 1:
+            raise UserError(f"--{key} {getattr(config, key)}: must be at least 1")
     model, trained = load_model(config.checkpoint)
     if trained["stage"] != stage:
         raise UserError(f"{config.checkpoint} is of stage {trained['stage']}: give one of {stage}.py")

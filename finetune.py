@@ -33,7 +33,7 @@ def draw_continuation(config, tools, clips, rows, step):
     """Stage 2: a history of one length a batch, all that the next section asks for seen in it; the target is that
     section. clips: the global batch; rows: those to return.
 
-    Half of the histories begin 1-3 frames (of nano) before a section does: their segments straddle the cuts, and their
+    About a third of the histories begin some frames before a section does: their segments straddle the cuts, and their
     last frames wait uncompressed, as they do when one's own clip is continued.
     """
     section = tools.preset.section
@@ -42,13 +42,16 @@ def draw_continuation(config, tools, clips, rows, step):
     begins = lambda clip, n: [b for b in clip.targets(n, section) if b >= n * section + waiting]    # of targets
     possible = lambda: [n for n in range(1, (tools.preset.history - waiting) // section + 1)
                         if all(begins(clip, n) for clip in clips)]
-    if not possible():                                              # too much is asked of one of the clips
+    lengths = possible()
+    if not lengths:                                                 # too much is asked of one of the clips
         waiting = 0
-    length = possible()[int(torch.randint(len(possible()), (), generator=g))]
+        lengths = possible()
+    length = lengths[int(torch.randint(len(lengths), (), generator=g))]
     parts = []
     for row in rows:
         clip, g = clips[row], generator(config.seed, step, row)
-        begin = begins(clip, length)[int(torch.randint(len(begins(clip, length)), (), generator=g))]
+        choices = begins(clip, length)
+        begin = choices[int(torch.randint(len(choices), (), generator=g))]
         prompt = clip.prompt(begin) if torch.rand((), generator=g) >= config.text_drop else ""
         parts.append(ask(config, tools, clip, begin - length * section - waiting, begin, prompt, g))
     return collate(parts)
@@ -81,6 +84,8 @@ def encoder_file(config):
 
 def main():
     config = parse_flags(FinetuneConfig, __doc__)
+    if config.freeze_encoder and config.method == "none":
+        raise UserError("--freeze_encoder --method none: there is no memory encoder to freeze; drop one of the two")
     encoder = encoder_file(config)
     model, *rest = setup(config)
     if encoder:

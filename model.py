@@ -263,7 +263,6 @@ class DiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.head = Head(c)
-        self.checkpointing = False          # recompute each block's activations in the backward pass: less memory
         self.init_weights()
 
     def init_weights(self):
@@ -308,10 +307,7 @@ class DiT(nn.Module):
         modulation = torch.stack(modulation.chunk(2), dim=1)                    # (B, 2, 6, D)
         text = self.text_embedding(F.pad(text, (0, 0, 0, c.text_len - text.shape[1])))
         for block in self.blocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                x = torch.utils.checkpoint.checkpoint(block, x, modulation, text, angles, M, use_reentrant=False)
-            else:
-                x = block(x, modulation, text, angles, M)
+            x = block(x, modulation, text, angles, M)
         x = self.head(x[:, M:], embedding[B:]).float()                          # only the noisy tokens are read out
         # unlike the input, the output has channels last inside a patch
         return rearrange(x, "b (f h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)", h=rows, w=columns,

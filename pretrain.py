@@ -200,14 +200,14 @@ class Muon(torch.optim.Optimizer):
 def make_optimizers(model, lr):
     """Muon for all matrices and convolutions; AdamW for norms, biases and modulation, at a tenth of the rate."""
     params = [p for p in model.parameters() if p.requires_grad]
-    return [Muon([p for p in params if p.ndim in (2, 5)], lr),
-            torch.optim.AdamW([p for p in params if p.ndim not in (2, 5)], 0.1 * lr, betas=(0.9, 0.99),
-                              weight_decay=0.0)]
+    matrices = dict(params=[p for p in params if p.ndim in (2, 5)], peak=lr)
+    others = dict(params=[p for p in params if p.ndim not in (2, 5)], peak=0.1 * lr)
+    return [Muon([matrices], lr), torch.optim.AdamW([others], betas=(0.9, 0.99), weight_decay=0.0)]
 
 
 def learning_rate(step, config):
     """As a share of the peak: linear warm-up, then cosine to zero."""
-    warm = min(1.0, (step + 1) / config.warmup)
+    warm = min(1.0, (step + 1) / max(1, config.warmup))
     return warm * 0.5 * (1 + math.cos(math.pi * max(0, step - config.warmup) / max(1, config.steps - config.warmup)))
 
 
@@ -314,7 +314,7 @@ def evaluate(config, tools, draw, model, clips, rows, device):
                 for m, steps in ((memory, 1), (memory, config.sample_steps), (wrong, config.sample_steps))]
     made = [to_frames(tools.codec.decode(x)) for x in made]
     sums += [psnr(frames, batch.truth).mean(1).sum() for frames in made]
-    return torch.stack(sums).double(), (batch.truth.cpu(), made[1].cpu())
+    return torch.stack(sums).cpu().double(), (batch.truth.cpu(), made[1].cpu())
 
 
 def evaluate_all(config, tools, draw, model, clips, rank, world, device):
@@ -325,13 +325,13 @@ def evaluate_all(config, tools, draw, model, clips, rank, world, device):
         rows = range(rank, len(members), world)
         if rows:
             figures, made = evaluate(config, tools, draw, model, [clips[i] for i in members], rows, device)
-            sums += torch.cat([figures.cpu(), torch.tensor([float(len(rows))])])
+            sums += torch.cat([figures, torch.tensor([float(len(rows))])])
             pictures = pictures or made
     if world > 1:
         sums = sums.float().to(device)
         dist.all_reduce(sums)
     figures = dict(zip(FIGURES, (sums[:-1] / sums[-1]).tolist()))
-    if model.encoder is None:
+    if model.encoder is None or min(map(len, clips.sizes.values())) < 2:       # no memory, or no other one
         del figures["psnr_wrong_memory"]
     return figures, pictures
 
@@ -359,6 +359,14 @@ def describe(config, model, tools, world):
               f"{p.history * height * width // 4}); {p.dit.dim / (p.dit.in_dim * f * h * w):.3g} channels a latent value")
 
 
+def start_log(out, first):
+    """Make the run folder; of a log that is there, keep the steps that are not done again."""
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "log.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    log.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= first))
+
+
 def accumulate_gradients(config, tools, draw, ddp, clips, step, rank, world, device):
     """Gradients of the mean loss over the global batch `clips`, whatever the number of processes and micro-batches.
     Returns the sum of this process's losses."""
@@ -381,14 +389,17 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
     model.to(device)
     ema = EMA(model, config.ema)
     optimizers = make_optimizers(model, config.lr)
+    if not config.resume and (out / "state.pt").exists():
+        raise UserError(f"--out {out} holds a run already: go on with --resume, or give another folder")
     first = resume(config, model, ema, optimizers) if config.resume else 0
     if config.compile:
         for block in model.dit.blocks:
             block.compile()                                         # in place: parameter names stay as they are
     devices = [device.index] if device.type == "cuda" else None
-    ddp = DistributedDataParallel(model, device_ids=devices) if world > 1 else model
-    out.mkdir(parents=True, exist_ok=True)
+    unused = config.method == "without-lr"                          # its patch embedding only sees unfinished segments
+    ddp = DistributedDataParallel(model, devices, find_unused_parameters=unused) if world > 1 else model
     if rank == 0:
+        start_log(out, first)
         describe(config, model, tools, world)
     signals = []                                                    # Ctrl-C and SIGTERM: finish the step, save, leave
     for s in (signal.SIGINT, signal.SIGTERM):
@@ -397,9 +408,9 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc=stage, disable=rank > 0)
     started = time.time()
     for step in bar:
-        for optimizer, peak in zip(optimizers, (config.lr, 0.1 * config.lr)):
+        for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = peak * learning_rate(step, config)
+                group["lr"] = group["peak"] * learning_rate(step, config)
         batch = [clips[i] for i in clips.batch(step, config.batch, config.seed)]
         total = accumulate_gradients(config, tools, draw, ddp, batch, step, rank, world, device)
         norm = torch.nn.utils.clip_grad_norm_(ema.params, config.clip_grad)
@@ -407,6 +418,8 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
             for optimizer in optimizers:
                 optimizer.step()
             ema.update(step)
+        elif rank == 0:
+            tqdm.write(f"step {step + 1}: the gradient is not finite, the step is skipped")
         model.zero_grad(set_to_none=True)
         shared = torch.stack([total, torch.full_like(total, max(signals, default=0))])
         if world > 1:
@@ -418,12 +431,13 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
 
         if stop or step + 1 == config.steps or (step + 1) % config.save_every == 0:
             record["minutes"] = round((time.time() - started) / 60, 2)
+            if rank == 0:
+                save(config, stage, model, ema, optimizers, step + 1)
             with ema.swapped():
                 figures, pictures = evaluate_all(eval_config, tools, draw, model, held_out, rank, world, device)
             record.update({k: round(v, 4) for k, v in figures.items()})
             if rank == 0:
                 preview(out / f"preview_{step + 1:06d}.png", *pictures)
-                save(config, stage, model, ema, optimizers, step + 1)
                 tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in record.items()))
         if rank == 0:
             with (out / "log.jsonl").open("a") as log:
@@ -465,6 +479,8 @@ def main():
     config = parse_flags(PretrainConfig, __doc__)
     if config.mask not in ("none", "noise"):
         raise UserError(f"--mask {config.mask}: choose none or noise")
+    if config.queries < 1 or config.method == "none":
+        raise UserError(f"--queries {config.queries} --method {config.method}: frame retrieval needs queries and a memory")
     model, *rest = setup(config)
     # figures are for clean histories, without prompts: only memory can answer
     train(config, "pretrain", draw_retrieval, replace(config, mask="none", text_drop=1.0), model, *rest)

@@ -8,7 +8,6 @@ Without --prompt, the storyboard beside the clip is used (clip.txt or clip.json;
 Writes the history and what continues it to --save_file, and a strip of pictures beside it.
 """
 import math
-import resource
 import sys
 import time
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from data import make_codec, make_prompts, nearest_size, parse_flags, run_main, to_frames, to_pixels
 from encoder import Memory, MemoryDiT, load_model
-from model import PRESETS, UserError, autocast, euler, pick_device
+from model import PRESETS, UserError, autocast, euler, get_preset, pick_device
 from video import VideoWriter, contact_strip, parse_storyboard, prompt_at, read_video, storyboard_beside, video_info
 
 
@@ -33,7 +32,7 @@ class SampleConfig:
     guidance: float = 1.5         # classifier-free guidance: 1 is none
     shift: float = 3.0            # timestep shift: above 1, more steps at high noise
     seed: int = 0                 # of the noise
-    save_file: str = ""           # the video to write [out/NAME.mp4]
+    save_file: str = ""           # the video to write; without it, out/NAME.mp4
     memory_seconds: float = 20.0  # how much history is kept in memory; 0: all
     device: str = "auto"          # auto, cpu, cuda, mps
     init: str = ""                # "random": random weights of --preset, to measure speed and memory
@@ -56,7 +55,8 @@ def continue_video(model, codec, prompts, memory, storyboard, sections, config, 
     shape = (1, codec.channels, preset.section, size[0] // codec.stride[1], size[1] // codec.stride[2])
     for k in range(sections):
         started = time.perf_counter()
-        text = prompts(prompt_at(storyboard, k * preset.section * codec.stride[0] / preset.fps))[None].to(device)
+        seconds = k * preset.section * codec.stride[0] / preset.fps
+        text = prompts(prompt_at(storyboard, seconds + 1e-6))[None].to(device)
         frames = memory.frames + torch.arange(preset.section, device=device)
         noise = torch.randn(shape, generator=g).to(device)
         with autocast(device):
@@ -70,6 +70,10 @@ def peak_memory(device):
     """Peak memory of this process so far, GiB: of the GPU if there is one, else of the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:         # Windows has none
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
 
 
@@ -92,6 +96,7 @@ def main():
         "seed": ["--base_seed"]})
     check(config)
     if config.init == "random":
+        make_codec(get_preset(config.preset).codec)     # refuses what cannot run before it fills the memory
         model = MemoryDiT(config.preset).eval()
     else:
         model, trained = load_model(config.checkpoint)

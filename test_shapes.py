@@ -217,15 +217,9 @@ def test_dit_memory_and_positions():
 
 def test_dit_gradient_reaches_memory():
     dit, tokens = tiny_dit(), randn(1, 3, 40).requires_grad_()
-    results = []
-    for dit.checkpointing in (False, True):
-        dit.zero_grad()
-        tokens.grad = None
-        dit(randn(1, 4, 2, 4, 4), torch.tensor([400.0]), randn(1, 6, 16), None, (tokens, randn(3, 3))).sum().backward()
-        assert all(p.grad.abs().max() > 0 for n, p in dit.named_parameters() if "cross_attn.k.bias" not in n)
-        assert (tokens.grad.abs().amax(-1) > 0).all()
-        results.append(tokens.grad.clone())
-    assert torch.allclose(*results, atol=1e-6)
+    dit(randn(1, 4, 2, 4, 4), torch.tensor([400.0]), randn(1, 6, 16), None, (tokens, randn(3, 3))).sum().backward()
+    assert all(p.grad.abs().max() > 0 for n, p in dit.named_parameters() if "cross_attn.k.bias" not in n)
+    assert (tokens.grad.abs().amax(-1) > 0).all()
 
 
 def test_attend_is_softmax_attention_at_any_length():
@@ -1162,7 +1156,7 @@ def exact(monkeypatch):
     """Float32 and plain gradient descent: bf16 and Muon make much of the last bits."""
     monkeypatch.setattr(pretrain, "autocast", lambda device: torch.autocast("cpu", enabled=False))
     monkeypatch.setattr(pretrain, "make_optimizers", lambda dit, lr: [
-        torch.optim.SGD([p for p in dit.parameters() if p.requires_grad], lr)])
+        torch.optim.SGD([dict(params=[p for p in dit.parameters() if p.requires_grad], peak=lr)], lr)])
 
 
 @pytest.mark.parametrize("kind", ["world", "videos"])

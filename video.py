@@ -281,7 +281,7 @@ def whole_file(path):
         raise UserError(f"{path} cannot be written ({error.strerror}): give one in a folder you may write to") from None
     try:
         yield temporary
-        with open(temporary, "rb") as f:
+        with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
     finally:

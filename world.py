@@ -393,7 +393,7 @@ def render(story, sections=None, frames_per_section=4, height=64, width=64):
     """-> frames uint8 (F, H, W, 3) and masks {cloth, face, object, scene}, each bool (F, H, W).
 
     sections: a slice or range of section numbers. Motion is in whole pixels, so every person, thing and scene is
-    drawn once per framing and only pasted after that: about 10 ms for 44 frames of 64 x 64."""
+    drawn once per framing and only pasted after that: about 10 ms for 44 frames of 64 x 64 on one core."""
     every = range(len(story.shots))
     sections = every if sections is None else every[sections] if isinstance(sections, slice) else sections
     unit, n = min(height, width) / 64, frames_per_section
