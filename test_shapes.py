@@ -1434,6 +1434,18 @@ def test_stages_refuse_bad_settings(refused, cache, tmp_path):
             ("lr", "fast", "lr")):
         assert says in refused(pretrain.main, *flags(cache, out=tmp_path / "out", **{flag: value}))
     assert "state.pt" in refused(pretrain.main, *flags(cache, out=tmp_path / "nowhere", resume=True))
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "state.pt").touch()
+    assert "--resume" in refused(pretrain.main, *flags(cache, out=tmp_path / "used"))
+    assert "memory" in refused(pretrain.main, *flags(cache, out=tmp_path / "out", method="none"))
+    assert "--freeze_encoder" in refused(finetune.main, *flags(cache, out=tmp_path / "out", method="none",
+                                                               freeze_encoder=True))
+
+
+def test_log_drops_the_steps_that_are_done_again(tmp_path):
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps({"step": i}) + "\n" for i in (1, 2, 3)))
+    pretrain.start_log(tmp_path, 2)
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [1, 2]
 
 
 def test_stages_refuse_checkpoints_of_another_kind(refused, cache, stage1):
