@@ -18,8 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from model import (PRESETS, Attention, DiT, UserError, flow_loss, get_preset, load_weights, pad_replicate, read_metadata,
-                   rope, token_positions)
+from model import (PRESETS, Attention, DiT, UserError, flow_loss, get_preset, load_weights, pad_replicate,
+                   read_metadata, rope, token_positions)
 
 METHODS = ("proposed", "only-lr", "without-lr", "none")
 
@@ -172,7 +172,7 @@ class Memory:
 
     def __init__(self, model, codec, most=None):
         self.model, self.codec, self.most = model, codec, most
-        self.segments = []              # (tokens (1, m, D), positions (m, 3), frames) of each whole segment that is kept
+        self.segments = []              # (tokens (1, m, D), positions (m, 3), frames) of each segment that is kept
         self.waiting = None             # latents of an unfinished segment, (1, C, F, H, W)
         self.frames = 0                 # latent frames appended so far: the time of the next one
 

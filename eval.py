@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (Clip, Clips, make_codec, make_prompts, nearest_size, parse_flags, psnr, run_main, to_frames, to_pixels,
-                  world_clips)
+from data import (Clip, Clips, make_codec, make_prompts, nearest_size, parse_flags, psnr, run_main, to_frames,
+                  to_pixels, world_clips)
 from encoder import load_model
 from finetune import FinetuneConfig, ask
 from model import PRESETS, UserError, autocast, euler, pick_device
@@ -136,9 +136,9 @@ def reconstruct(model, tools, draw, n_clips, config):
 def report(made, trained, config, what):
     """Print a row for each result of reconstruct(), and draw the first clips."""
     truth = made.pop("truth")
-    print(f"{config.checkpoint}: {trained['method']} {trained['rate']}, step {trained['step']}, seed {trained['seed']}; "
-          f"{len(truth)} clips x {truth.shape[1]} frames, {what}, noise seed {config.seed}, {config.steps} Euler steps, "
-          f"shift {config.shift:g}")
+    print(f"{config.checkpoint}: {trained['method']} {trained['rate']}, step {trained['step']}, "
+          f"seed {trained['seed']}; {len(truth)} clips x {truth.shape[1]} frames, {what}, noise seed {config.seed}, "
+          f"{config.steps} Euler steps, shift {config.shift:g}")
     print(f"{'':14}{'PSNR dB':>18}{'SSIM':>16}     mean over clips with its 95 % interval")
     for name, frames in made.items():
         p = interval(psnr(frames, truth).mean(1))
@@ -160,7 +160,7 @@ def retrieval(argv):
 
 
 def continuation(argv):
-    """Write the section after a full history of held-out stories: PSNR against the one right continuation, and a picture."""
+    """Write the section after a full history of held-out stories: PSNR and SSIM against the right one, and a picture."""
     config = parse_flags(ContinuationConfig, continuation.__doc__, argv)
     model, tools, trained = open_checkpoint(config, "finetune")
     clips = world_clips("held-out", config.clips, tools.preset, tools.codec, config.cache, keep_pixels=True)

@@ -350,13 +350,15 @@ def describe(config, model, tools, world):
     count = lambda module: sum(p.numel() for p in module.parameters() if p.requires_grad) / 1e6
     print(f"training {count(model.dit):.1f} M parameters of the DiT" +
           (f", {count(model.encoder):.1f} M of the memory encoder" if model.encoder else ""))
-    print(f"batch {config.batch} = {world} processes x {config.batch / world:g} clips, at most {config.micro_batch} at once")
+    print(f"batch {config.batch} = {world} processes x {config.batch / world:g} clips, "
+          f"at most {config.micro_batch} at once")
     if model.encoder:
         p, (f, h, w) = tools.preset, model.encoder.block
         height, width = (size // stride for size, stride in zip(p.sizes[0], tools.codec.stride[1:]))    # of a latent
         tokens = -(-p.history // f) * -(-height // h) * -(-width // w)
         print(f"memory: {tokens} tokens for a history of {p.history} latents of {height}x{width} (uncompressed: "
-              f"{p.history * height * width // 4}); {p.dit.dim / (p.dit.in_dim * f * h * w):.3g} channels a latent value")
+              f"{p.history * height * width // 4}); "
+              f"{p.dit.dim / (p.dit.in_dim * f * h * w):.3g} channels a latent value")
 
 
 def start_log(out, first):
@@ -449,6 +451,9 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
     if rank == 0:
         print(f"{stage} done: weights {out / 'model.safetensors'}, figures {out / 'log.jsonl'}, "
               f"pictures {out}/preview_*.png")
+    if world > 1:                                                   # leave together: one that waits for a peer fails
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def check(config):
@@ -480,7 +485,8 @@ def main():
     if config.mask not in ("none", "noise"):
         raise UserError(f"--mask {config.mask}: choose none or noise")
     if config.queries < 1 or config.method == "none":
-        raise UserError(f"--queries {config.queries} --method {config.method}: frame retrieval needs queries and a memory")
+        raise UserError(f"--queries {config.queries} --method {config.method}: "
+                        "frame retrieval needs queries and a memory")
     model, *rest = setup(config)
     # figures are for clean histories, without prompts: only memory can answer
     train(config, "pretrain", draw_retrieval, replace(config, mask="none", text_drop=1.0), model, *rest)

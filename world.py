@@ -95,8 +95,8 @@ def pick_cells(rng, rows, columns, least, most):
 
 
 def make_scene(rng, kind):
-    """Pastel colours: scenery stays paler than clothes, so that people never drown in it. The ground and what is far have
-    about the hue that goes with the kind, so that a word can be told by a glance; tone, sky, accent and layout are free."""
+    """Pastel colours: scenery stays paler than clothes, so that people never drown in it. The ground and what is far
+    have about the hue that goes with the kind, so that a glance tells the word; tone, sky, accent, layout are free."""
     own = KINDS.index(kind) / len(KINDS)
     hue = np.array([rng.random(), own, own + 0.06, rng.random()]) + rng.uniform(-0.05, 0.05, 4)
     saturation, value = rng.uniform(0.22, 0.42, 4), rng.uniform([0.9, 0.74, 0.58, 0.88], [0.98, 0.84, 0.7, 0.98])
@@ -163,7 +163,7 @@ def make_story(seed, sections=11):
 
 
 def caption(story, k):
-    """The words of section k: all there is to know of its picture, but for what has to be remembered. Always twelve words,
+    """The words of section k: all there is to know of its picture, but for what has to be remembered. Always twelve,
     each with its own place: embeddings that know no grammar (data.HashPrompts) can then be understood."""
     shot = story.shots[k]
     who, what = "nobody there", "nothing"
