@@ -160,7 +160,7 @@ def retrieval(argv):
 
 
 def continuation(argv):
-    """Write the section after a full history of held-out stories: PSNR and SSIM against the right one, and a picture."""
+    """Write the section after a full history of held-out stories: PSNR and SSIM against the true one; a picture."""
     config = parse_flags(ContinuationConfig, continuation.__doc__, argv)
     model, tools, trained = open_checkpoint(config, "finetune")
     clips = world_clips("held-out", config.clips, tools.preset, tools.codec, config.cache, keep_pixels=True)
