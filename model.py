@@ -368,9 +368,17 @@ def pick_device(name):
     return torch.device(name)
 
 
+def product_dtype(device):
+    """What matrix products are computed in: bf16 on GPUs and on CPUs that have instructions for it (AVX-512 BF16, AMX).
+    Other CPUs emulate it, about ten times slower than float32."""
+    fast = torch.cpu._is_avx512_bf16_supported() if device.type == "cpu" else device.type == "cuda"
+    return torch.bfloat16 if fast else torch.float32
+
+
 def autocast(device):
-    """bf16 for matrix products on GPU and CPU; weights, norms and the residual stream stay float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type != "mps")
+    """Matrix products in product_dtype; weights, norms and the residual stream stay float32."""
+    dtype = product_dtype(device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from data import make_codec, make_prompts, open_dataset, parse_flags, psnr, run_main, to_frames
 from encoder import MemoryDiT
-from model import (Preset, UserError, add_noise, autocast, euler, get_preset, load_weights, pick_device, sample_t,
-                   wan_name, weight_files)
+from model import (Preset, UserError, add_noise, autocast, euler, get_preset, load_weights, pick_device,
+                   product_dtype, sample_t, wan_name, weight_files)
 from video import contact_strip, whole_file
 
 
@@ -158,8 +158,8 @@ def collate(parts):
 
 
 def orthogonalize(g, steps=5):
-    """Newton-Schulz iteration towards U V^T of g = U S V^T, for a stack of matrices (K, rows, columns), in bf16."""
-    x = g.bfloat16()
+    """Newton-Schulz iteration towards U V^T of g = U S V^T, for a stack of matrices (K, rows, columns)."""
+    x = g.to(product_dtype(g.device))
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)

@@ -70,8 +70,8 @@ class Shot:                 # one section; numbers index the tuples of the story
 @dataclass(frozen=True)
 class Story:
     scenes: tuple           # 3
-    characters: tuple       # 2
-    things: tuple           # 2
+    characters: tuple       # 1 or 2
+    things: tuple           # 1 or 2
     shots: tuple
 
 
@@ -138,13 +138,16 @@ def make_shot(rng, scene, character, thing, framing, new=False):
 
 def make_story(seed, sections=11):
     """seed -> Story. Three of the sections 0..3 introduce all there is, each in a new scene and in wide framing; the
-    fourth of them, and every later one, shows only what was shown before (it is `askable`)."""
+    fourth of them, and every later one, shows only what was shown before (it is `askable`). Half of the stories have one
+    character, half one thing: to recall the only one comes before telling two apart."""
     rng = np.random.default_rng(seed)
     scenes = tuple(make_scene(rng, KINDS[i]) for i in rng.permutation(len(KINDS))[:3])
-    characters = tuple(make_character(rng, list(BUILDS)[i]) for i in rng.permutation(len(BUILDS))[:2])
-    things = tuple(make_thing(rng, SHAPES[i]) for i in rng.permutation(len(SHAPES))[:2])
+    cast = rng.integers(1, 3, size=2).tolist()
+    characters = tuple(make_character(rng, list(BUILDS)[i]) for i in rng.permutation(len(BUILDS))[:cast[0]])
+    things = tuple(make_thing(rng, SHAPES[i]) for i in rng.permutation(len(SHAPES))[:cast[1]])
     early, extra = (1, 2, 3, 3)[rng.integers(4)], ((0, None), (None, 0), (0, 1))[rng.integers(3)]
-    intros = list(zip(range(3), *([(0, 1, e)[i] for i in rng.permutation(3)] for e in extra)))
+    intros = [[(0, n - 1, e if e is None else e % n)[i] for i in rng.permutation(3)] for n, e in zip(cast, extra)]
+    intros = list(zip(range(3), *intros))
     seen, shots = ([], [], []), []      # scenes, characters, things, each from the longest absent to the latest
     for k in range(sections):
         new, framing = k < 4 and k != early, int(rng.integers(3))
