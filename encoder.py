@@ -10,7 +10,6 @@ DiT's grid one memory token stands for:
 φ sees one segment at a time (segments are folded into the batch), so a new section costs one section:
 φ([H; X]) = [φ(H); φ(X)]. Letters as in model.py; M memory tokens; t, h, w the rate in time, rows and columns.
 """
-import copy
 import math
 
 import torch
@@ -18,8 +17,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from model import (PRESETS, Attention, DiT, UserError, flow_loss, get_preset, load_weights, pad_replicate,
-                   read_metadata, rope, token_positions)
+from model import (PRESETS, Attention, DiT, PatchEmbedding, UserError, flow_loss, get_preset, load_weights,
+                   pad_replicate, read_metadata, rope, token_positions)
 
 METHODS = ("proposed", "only-lr", "without-lr", "none")
 
@@ -79,7 +78,7 @@ class MemoryEncoder(nn.Module):
     A token's position is the centre of its block on the DiT's token grid, at its true source time.
     """
 
-    def __init__(self, method, rate, preset, patch_embedding):
+    def __init__(self, method, rate, preset):
         super().__init__()
         p = PRESETS[preset]
         self.method, self.rate, self.segment, self.causal = method, parse_rate(rate), p.section, p.codec == "wan"
@@ -94,7 +93,11 @@ class MemoryEncoder(nn.Module):
             nn.init.zeros_(self.hr.proj.bias)
         # φ's own copy of the DiT's patch embedding: φ means the same whatever DiT reads it later. Also embeds the
         # frames of an unfinished segment, which wait uncompressed.
-        self.patch_embedding = copy.deepcopy(patch_embedding)
+        self.patch_embedding = PatchEmbedding(p.dit.in_dim, p.dit.dim, p.dit.patch)
+
+    def start_from(self, dit):
+        """Take over what φ begins with from the base DiT."""
+        self.patch_embedding.load_state_dict(dit.patch_embedding.state_dict())
 
     def whole(self, n_frames, start=0):
         """How many of n_frames latents are whole segments."""
@@ -146,7 +149,9 @@ class MemoryDiT(nn.Module):
             raise UserError(f"--method {method}: choose one of {', '.join(METHODS)}")
         self.preset, self.method, self.rate = preset, method, rate
         self.dit = DiT(get_preset(preset).dit)
-        self.encoder = None if method == "none" else MemoryEncoder(method, rate, preset, self.dit.patch_embedding)
+        self.encoder = None if method == "none" else MemoryEncoder(method, rate, preset)
+        if self.encoder:
+            self.encoder.start_from(self.dit)
 
     def encode(self, hr, lr, start=0):
         """φ of a history (B, C, F, H, W): its whole segments, which lr covers; an unfinished one stays uncompressed."""

@@ -474,8 +474,8 @@ def setup(config):
     torch.manual_seed(config.seed)
     model = MemoryDiT(config.preset, config.method, config.rate)
     load_base(model.dit, config.init)
-    if model.encoder:                   # φ starts from the base DiT's patch embedding
-        model.encoder.patch_embedding.load_state_dict(model.dit.patch_embedding.state_dict())
+    if model.encoder:
+        model.encoder.start_from(model.dit)
     clips, held_out = open_dataset(config, codec)
     return model, clips, held_out, Tools(preset, codec, prompts, model.encoder), rank, world, device
 

@@ -358,8 +358,7 @@ RATES = {"4x4x2": 80, "2x2x2": 320, "2x2x1": 640, "4x4x4": 40, "1x1x1": 2560, "8
 
 
 def make_encoder(method="proposed", rate="4x4x2", preset="tiny", seed=0):
-    patch_embedding = PatchEmbedding(16, PRESETS[preset].dit.dim, (1, 2, 2))
-    return randomize(MemoryEncoder(method, rate, preset, patch_embedding), seed)
+    return randomize(MemoryEncoder(method, rate, preset), seed)
 
 
 def box_mean(hr, rate):
@@ -520,8 +519,9 @@ def test_encoder_gradient_reaches_both_branches_and_every_segment():
 def test_encoder_methods_differ_only_in_their_branches():
     codec, x, dit = DCTCodec(), randn(2, 16, 8, 8, 8), MemoryDiT("tiny")
     lr = codec.downsample(x, dit.encoder.rate)
-    proposed, only_lr, without_lr = (MemoryEncoder(m, "4x4x2", "tiny", dit.dit.patch_embedding) for m in
-                                     ("proposed", "only-lr", "without-lr"))
+    proposed, only_lr, without_lr = (MemoryEncoder(m, "4x4x2", "tiny") for m in ("proposed", "only-lr", "without-lr"))
+    for phi in proposed, only_lr, without_lr:
+        phi.start_from(dit.dit)
     assert torch.equal(proposed(x, lr)[0], only_lr(x, lr)[0])       # HR starts at zero where LR carries the signal
     nan = torch.full_like(lr, math.nan)
     assert torch.equal(without_lr(x, nan)[0], without_lr(x, lr)[0]) and without_lr(x, nan)[0].std() > 0
