@@ -9,22 +9,28 @@ import difflib
 import functools
 import hashlib
 import inspect
+import json
 import math
+import os
 import re
 import sys
 from dataclasses import dataclass, fields, is_dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import world
-from model import PRESETS, UserError, get_preset, pad_replicate
-from video import VideoWriter, find_videos, prompt_at, read_video, storyboard_beside, video_info, whole_file
+from model import PRESETS, UserError, get_preset, open_safetensors, pad_replicate, pick_device
+from video import (VideoWriter, file_hash, find_videos, parse_entries, prompt_at, read_video, storyboard_beside,
+                   video_info, whole_file)
+from wan import UMT5Prompts, WanCodec, ZeroPrompts
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Codecs
@@ -37,7 +43,7 @@ class DCTCodec:
     Each coefficient is divided by the square root of its deviation, and all by one number that makes the overall
     variance 1: full whitening would weight the finest detail too much.
     """
-    channels, stride, causal = 16, (1, 4, 4), False
+    channels, stride, causal, decodes = 16, (1, 4, 4), False, True
     # standard deviation of each coefficient over frames of the paper-doll world and of real clips
     deviations = (2.6, 0.6, 0.3, 0.18, 0.59, 0.28, 0.17, 0.3, 0.17, 0.18, 1.18, 0.27, 0.26, 0.73, 0.16, 0.16)
 
@@ -65,6 +71,23 @@ class DCTCodec:
         blocks = F.linear(rearrange(latents, "b c f h w -> b f h w c"), matrix)
         return rearrange(blocks, "b f h w (c y x) -> b c f (h y) (w x)", c=3, y=4, x=4)
 
+    @property
+    def settings(self):
+        """What a cache of latents depends on."""
+        return ["dct", [round(x, 6) for x in self.scale.tolist()]]
+
+    def frames(self, n):
+        """The most frames, of n, that are whole latents: any number."""
+        return n
+
+    def decoder(self):
+        """A function that decodes a video piece by piece."""
+        return self.decode
+
+    def show(self, history, target, frames):
+        """Pixels (B, 3, F', H, W) of latents (B, 16, F', h, w) that belong at `frames` of a history."""
+        return self.decode(target)
+
     @functools.lru_cache
     def downsampling_kernel(self, rate):
         """Decode, area mean in pixels over (t, h, w), encode, as one convolution (16, 16, t, h, w): what it does to
@@ -82,10 +105,11 @@ class DCTCodec:
             return F.conv3d(latents, self.downsampling_kernel(rate).to(latents), stride=rate)
 
 
-def make_codec(name):
-    if name != "dct":
-        raise UserError(f"codec {name}: only dct is built in so far")
-    return DCTCodec()
+def make_codec(preset, vae="", device="cpu"):
+    """The codec of a preset. vae: the local folder of Wan's, which only Wan's presets need."""
+    if preset.codec == "dct":
+        return DCTCodec()
+    return WanCodec(vae, device)
 
 
 def to_pixels(frames):
@@ -121,6 +145,11 @@ class HashPrompts:
     def __init__(self, dim, length):
         self.dim, self.length = dim, length
 
+    @property
+    def settings(self):
+        """What a cache of prompts depends on."""
+        return ["hash", self.dim, self.length]
+
     def __call__(self, prompt):
         """A text -> (length, dim), zero rows after its last word; all zeros for an empty prompt."""
         rows = np.zeros((self.length, self.dim), np.float32)
@@ -132,10 +161,14 @@ class HashPrompts:
         return torch.from_numpy(rows)
 
 
-def make_prompts(preset):
-    if preset.codec == "wan":
-        raise UserError("prompts for Wan need umT5 embeddings, which are not supported yet; use --preset nano or small")
-    return HashPrompts(preset.dit.text_dim, preset.dit.text_len)
+def make_prompts(preset, t5=""):
+    """The prompt embedder of a preset. t5: the local folder of umT5, for Wan's presets; without it, only the empty
+    prompt and those in a cache are known."""
+    if preset.codec == "dct":
+        return HashPrompts(preset.dit.text_dim, preset.dit.text_len)
+    if t5:
+        return UMT5Prompts(t5, preset.dit.text_dim, preset.dit.text_len)
+    return ZeroPrompts(preset.dit.text_dim, preset.dit.text_len)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,9 +188,21 @@ class Clip:
     def frames(self):
         return self.latents.shape[1]
 
+    @property
+    def size(self):
+        return tuple(self.latents.shape[2:])
+
+    def cut(self, first, last):
+        """Latents of the frames first..last-1, (1, C, F, h, w) float32."""
+        return self.latents[None, :, first:last].float()
+
     def prompt(self, frame):
         """The prompt of a latent frame: the nearest at or before it."""
         return prompt_at(self.storyboard, frame)
+
+    def text(self, frame, prompts):
+        """The embedding of that prompt, (1, L, text_dim)."""
+        return prompts(self.prompt(frame))[None]
 
     def truth(self, frames):
         """Original pixels of these frames, (1, F, H, W, 3), or None."""
@@ -179,7 +224,7 @@ class Clips:
         self.clips = clips
         self.sizes = {}
         for i, clip in enumerate(clips):
-            self.sizes.setdefault(tuple(clip.latents.shape[2:]), []).append(i)
+            self.sizes.setdefault(clip.size, []).append(i)
 
     def __len__(self):
         return len(self.clips)
@@ -221,7 +266,7 @@ def encode_story(split, index, preset, codec):
 
 def world_clips(split, count, preset, codec, cache, keep_pixels=False):
     """`count` stories, encoded. Latents are cached in a file named after all that they depend on."""
-    settings = (preset.sizes[0], preset.section, preset.codec, codec.scale.tolist(), STORY_SECTIONS)
+    settings = (preset.sizes[0], preset.section, codec.settings, STORY_SECTIONS)
     source = Path(world.__file__).read_bytes() + repr(settings).encode()
     path = Path(cache) / f"world-{split}-{count}-{hashlib.sha256(source).hexdigest()[:12]}.safetensors"
     if not path.exists():
@@ -246,14 +291,28 @@ def nearest_size(preset, info):
 
 def encode_video(path, preset, codec, cache):
     """Latents (C, F, h, w) float16 of a whole video, cached under its content and all settings that matter."""
-    key = hashlib.sha256(repr((preset.fps, preset.sizes, preset.codec, codec.scale.tolist())).encode())
-    key.update(Path(path).read_bytes())
-    file = Path(cache) / "videos" / f"{key.hexdigest()[:24]}.safetensors"
+    key = hashlib.sha256(repr((preset.fps, preset.sizes, codec.settings, file_hash(path))).encode()).hexdigest()
+    file = Path(cache) / "videos" / f"{key[:24]}.safetensors"
     if not file.exists():
         frames = read_video(path, preset.fps, *nearest_size(preset, video_info(path)))
         with whole_file(file) as part:
             save_file({"latents": codec.encode(to_pixels(frames)[None])[0].half().contiguous()}, part)
     return load_file(file)["latents"]
+
+
+def report_skipped(skipped, total, folder):
+    """List the files that could not be used. Raises UserError above 20 % of them."""
+    for message in skipped:
+        print(f"skipped: {message}", file=sys.stderr)
+    if len(skipped) > 0.2 * total:
+        raise UserError(f"{len(skipped)} of {total} videos in {folder} cannot be used, above 20 %: "
+                        "the reasons are above")
+
+
+def split(videos, name):
+    """(videos to train on, held-out videos): one in ten, chosen by its name alone; of a single one, both."""
+    order = sorted(videos, key=lambda video: hashlib.sha256(name(video).encode()).digest())
+    return order[max(1, len(order) // 10):] or order, order[:max(1, len(order) // 10)]
 
 
 def video_clips(folder, preset, codec, cache):
@@ -275,13 +334,8 @@ def video_clips(folder, preset, codec, cache):
             warn(f"no caption beside {path} (.txt or .json): trained without a prompt")
         board = [(round(seconds * preset.fps / codec.stride[0]), prompt) for seconds, prompt in prompts or []]
         clips[path] = Clip(latents, board)
-    for message in skipped:
-        print(f"skipped: {message}", file=sys.stderr)
-    if len(skipped) > 0.2 * len(paths):
-        raise UserError(f"{len(skipped)} of {len(paths)} videos in {folder} cannot be used, above 20 %: "
-                        "the reasons are above")
-    order = sorted(clips, key=lambda path: hashlib.sha256(path.name.encode()).digest())
-    held_out, train = order[:max(1, len(order) // 10)], order[max(1, len(order) // 10):] or order
+    report_skipped(skipped, len(paths), folder)
+    train, held_out = split(clips, lambda path: path.name)
     print(f"{len(train)} videos to train on, {len(held_out)} held out ({', '.join(p.name for p in held_out)}), "
           f"{len(skipped)} skipped")
     if len(clips) < 2:
@@ -291,19 +345,229 @@ def video_clips(folder, preset, codec, cache):
     return Clips([clips[p] for p in train]), Clips([clips[p] for p in held_out])
 
 
-def open_dataset(config, codec):
-    """(clips to train on, held-out clips) of --data."""
-    preset = PRESETS[config.preset]
-    if config.data != "world":
-        return video_clips(config.data, preset, codec, config.cache)
-    return (world_clips("train", config.clips, preset, codec, config.cache),
-            world_clips("held-out", config.held_out, preset, codec, config.cache, keep_pixels=True))
-
-
 def psnr(a, b):
     """Peak signal-to-noise ratio of uint8 frames (..., H, W, 3), data range 255: dB a frame, (...); 100 if equal."""
     mse = (a.float() - b.float()).square().flatten(-3).mean(-1)
     return (10 * torch.log10(255**2 / mse)).clamp(max=100)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Clips from a cache on disk: python data.py cache
+
+
+class CachedClip(Clip):
+    """A window of a video in a shard; its latents and prompts are read when they are asked for."""
+
+    def __init__(self, shard, number, frames, size):
+        self.shard, self.number, self.length, self.shape = shard, number, frames, size
+        self.pixels = self.story = None
+
+    @property
+    def frames(self):
+        return self.length
+
+    @property
+    def size(self):
+        return self.shape
+
+    def cut(self, first, last):
+        """Latents of the frames first..last-1, (1, C, F, h, w) float32."""
+        with open_safetensors(self.shard) as f:
+            return f.get_slice(f"{self.number}.latents")[:, first:last][None].float()
+
+    def text(self, frame, prompts):
+        """The embedding of a latent frame's prompt, (1, L, text_dim)."""
+        with open_safetensors(self.shard) as f:
+            starts = json.loads(f.metadata()["starts"])[self.number]
+            if not starts:
+                return prompts("")[None]
+            k = max((k for k, start in enumerate(starts) if start <= frame), default=0)
+            rows = f.get_tensor(f"{self.number}.text.{k}").float()                      # (words or tokens, text_dim)
+        return F.pad(rows, (0, 0, 0, prompts.length - len(rows)))[None]
+
+
+def cached_clips(folder, preset, codec, held_out):
+    """(clips to train on, at most `held_out` held-out clips) of a folder that `data.py cache` wrote."""
+    folder = Path(folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    ours, theirs = window_settings(preset, codec), manifest["settings"]
+    for key, value in ours.items():
+        if value != theirs[key] and not (key == "codec" and value == ["wan", None] and theirs[key][0] == "wan"):
+            raise UserError(f"--data {folder} was cached with {key} {theirs[key]}, not {value}: "
+                            "give the preset that it was made for, or run data.py cache again")
+    videos = {}
+    for k, size in enumerate(manifest["bytes"]):
+        shard = folder / f"shard-{k:05}.safetensors"
+        if not shard.is_file() or shard.stat().st_size != size:
+            raise UserError(f"{shard} is missing or cut short: run data.py cache again, "
+                            "it makes only what is not there")
+        for i, (video, frames, *shape) in enumerate(json.loads(shard.with_suffix(".json").read_text())["clips"]):
+            videos.setdefault(video, []).append(CachedClip(shard, i, frames, tuple(shape)))
+    if not videos:
+        raise UserError(f"--data {folder} holds no clip: give data.py cache longer videos")
+    train, held = ([clip for video in part for clip in videos[video]] for part in split(videos, str))
+    print(f"{len(train)} clips of {len(videos)} videos to train on, {len(held[:held_out])} held out")
+    return Clips(train), Clips(held[:held_out])
+
+
+def window_settings(preset, codec):
+    """What the windows of a cache depend on, but for the videos themselves."""
+    return json.loads(json.dumps(dict(codec=codec.settings, fps=preset.fps, sizes=preset.sizes,
+                                      section=preset.section, history=preset.history)))
+
+
+@dataclass
+class CacheConfig:
+    videos: str = ""              # folder of videos, captions beside them
+    out: str = ""                 # folder for the shards
+    preset: str = "wan-1.3b"      # sizes, frame rate and codec; wan-1.3b and wan-14b share theirs
+    captions: str = ""            # a JSONL file instead: {"video": path in the folder, "caption" or "storyboard": ...}
+    vae: str = ""                 # Wan: local folder of its VAE in the diffusers layout
+    t5: str = ""                  # Wan: local folder of umT5 in the diffusers layout
+    shard: int = 32               # videos a shard
+    device: str = "auto"          # auto, cpu, cuda, mps; where the VAE runs
+
+
+def read_captions(path):
+    """{video: storyboard} of a JSONL file."""
+    captions = {}
+    for n, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            entry = json.loads(line)
+            board = entry["storyboard"] if "storyboard" in entry else [[0, entry["caption"]]]
+            captions[entry["video"]] = parse_entries(board, f"{path}, line {n}")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise UserError(f'{path}, line {n}: expected {{"video": "a.mp4", "caption": "a text"}}') from None
+    return captions
+
+
+def video_windows(path, preset, codec):
+    """Windows of a history and a section each, one after another, the last may be shorter: yields
+    (start in seconds, frames (F, H, W, 3) uint8), F being whole latents."""
+    in_frames = lambda latents: (latents - 1) * codec.stride[0] + 1 if codec.causal else latents * codec.stride[0]
+    most = in_frames(preset.history + preset.section)
+    least = in_frames(2 * preset.section + codec.causal)
+    info = video_info(path)
+    size, start = nearest_size(preset, info), 0.0
+    while start == 0 or start + (least - 1) / preset.fps < info["seconds"]:
+        frames = read_video(path, preset.fps, *size, start=start, seconds=most / preset.fps)
+        if len(frames) < least:
+            if start == 0:
+                raise UserError(f"{path} is shorter than one segment and one section, {least / preset.fps:g} s")
+            return
+        yield start, frames[:codec.frames(len(frames))]
+        start += most / preset.fps
+
+
+def cache_video(path, storyboard, preset, codec, prompts):
+    """[(latents (C, F, h, w) bfloat16, first latent of each prompt, prompt embeddings)] of a video's windows."""
+    rate = preset.fps / codec.stride[0]                             # latents a second
+    windows, end = [], 0.0
+    for start, frames in video_windows(path, preset, codec):
+        end = start + len(frames) / preset.fps
+        latents = codec.encode(to_pixels(frames)[None])[0].bfloat16().contiguous()
+        board = [(0, prompt_at(storyboard, start))] if storyboard else []
+        board += [(round((seconds - start) * rate), prompt) for seconds, prompt in storyboard if start < seconds < end]
+        texts = [prompts(prompt) for _, prompt in board]
+        texts = [text[:int(text.any(1).nonzero().max()) + 1].bfloat16() if text.any() else text[:1].bfloat16()
+                 for text in texts]
+        windows.append((latents, [first for first, _ in board], texts))
+    if storyboard and storyboard[-1][0] >= end:
+        warn(f"{path}: its storyboard goes on to {storyboard[-1][0]:g} s, but the video ends at {end:g} s")
+    return windows
+
+
+def cache_shard(shard, videos, key, config, preset, codec, prompts, bar):
+    """Encode {path: storyboard or error} into one shard with its index beside it. Nothing appears half-written, and
+    the index, which carries the key, last."""
+    tensors, starts, clips, skipped = {}, [], [], []
+    for path, storyboard in videos.items():
+        bar.update()
+        try:
+            if isinstance(storyboard, UserError):
+                raise storyboard
+            if not storyboard:
+                warn(f"no caption for {path}: trained without a prompt")
+            for latents, firsts, texts in cache_video(path, storyboard, preset, codec, prompts):
+                i = len(clips)
+                tensors.update({f"{i}.latents": latents, **{f"{i}.text.{k}": t for k, t in enumerate(texts)}})
+                starts.append(firsts)
+                clips.append((str(path.relative_to(config.videos)), *latents.shape[1:]))
+        except UserError as e:
+            skipped.append(str(e))
+    shard.with_suffix(".json").unlink(missing_ok=True)
+    with whole_file(shard) as part:
+        save_file(tensors, part, {"starts": json.dumps(starts)})
+    index = dict(key=key, clips=clips, skipped=skipped, bytes=shard.stat().st_size)
+    with whole_file(shard.with_suffix(".json")) as part:
+        part.write_text(json.dumps(index))
+
+
+def cache_videos(argv):
+    """Encode a folder of videos, once, into shards to train on: windows of a history and a section each. Goes on where
+    it was stopped; under torchrun the processes share the work."""
+    config = parse_flags(CacheConfig, cache_videos.__doc__, argv)
+    if not config.videos or not config.out:
+        raise UserError("--videos and --out are needed: a folder of videos, and one for the shards")
+    preset, device = get_preset(config.preset), pick_device(config.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    codec, prompts = make_codec(preset, config.vae, device), make_prompts(preset, config.t5)
+    if not codec.decodes:
+        raise UserError("--vae is needed: a local folder of Wan's VAE in the diffusers layout")
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        dist.init_process_group("gloo", timeout=timedelta(days=7))  # the slowest is waited for
+    captions = read_captions(config.captions) if config.captions else None
+    paths, out = find_videos(config.videos), Path(config.out)
+    settings = window_settings(preset, codec) | {"prompts": prompts.settings}
+    shards = [paths[i:i + config.shard] for i in range(0, len(paths), config.shard)]
+    mine = range(rank, len(shards), world_size)
+    bar = tqdm(total=sum(len(shards[k]) for k in mine), desc="caching videos", disable=rank > 0)
+    for k in mine:
+        videos, shard = {}, out / f"shard-{k:05}.safetensors"
+        for path in shards[k]:
+            try:
+                videos[path] = (captions.get(str(path.relative_to(config.videos))) if captions is not None
+                                else storyboard_beside(path)) or []
+            except UserError as e:
+                videos[path] = e
+        content = [(str(p.relative_to(config.videos)), file_hash(p), str(s)) for p, s in videos.items()]
+        key = hashlib.sha256(repr((settings, content)).encode()).hexdigest()
+        index = shard.with_suffix(".json")
+        if index.is_file() and shard.is_file() and json.loads(index.read_text())["key"] == key:
+            bar.update(len(videos))
+        else:
+            cache_shard(shard, videos, key, config, preset, codec, prompts, bar)
+    if world_size > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    if rank == 0:
+        finish_cache(config, out, len(shards), settings, len(paths))
+
+
+def finish_cache(config, out, shards, settings, videos):
+    """Write the manifest that training asks for, unless too many videos were skipped."""
+    indices = [json.loads((out / f"shard-{k:05}.json").read_text()) for k in range(shards)]
+    report_skipped([message for index in indices for message in index["skipped"]], videos, config.videos)
+    with whole_file(out / "manifest.json") as part:
+        part.write_text(json.dumps(dict(settings=settings, bytes=[index["bytes"] for index in indices])))
+    clips = sum(len(index["clips"]) for index in indices)
+    print(f"wrote {clips} clips of {videos} videos in {shards} shards to {out}")
+
+
+def open_dataset(config, codec):
+    """(clips to train on, held-out clips) of --data."""
+    preset = PRESETS[config.preset]
+    if config.data == "world" and preset.codec == "dct":
+        return (world_clips("train", config.clips, preset, codec, config.cache),
+                world_clips("held-out", config.held_out, preset, codec, config.cache, keep_pixels=True))
+    if (Path(config.data) / "manifest.json").is_file():
+        return cached_clips(config.data, preset, codec, config.held_out)
+    if preset.codec != "dct":
+        raise UserError(f"--data {config.data} is not a cache of latents, which --preset {config.preset} trains on: "
+                        "make one with data.py cache")
+    return video_clips(config.data, preset, codec, config.cache)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -352,7 +616,7 @@ def run_main(main):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# python data.py story: clips to try
+# python data.py story: clips to try; and the other commands
 
 
 @dataclass
@@ -380,9 +644,11 @@ def write_story(argv):
 
 
 def main():
-    if sys.argv[1:2] != ["story"]:
-        raise UserError("python data.py needs a command: story (writes a held-out story to try; --help for its flags)")
-    write_story(sys.argv[2:])
+    commands = {"story": write_story, "cache": cache_videos}
+    if sys.argv[1:2] == [] or sys.argv[1] not in commands:
+        raise UserError("python data.py needs a command: story (writes a held-out story to try) or "
+                        "cache (encodes a folder of videos); --help after it lists its flags")
+    commands[sys.argv[1]](sys.argv[2:])
 
 
 if __name__ == "__main__":

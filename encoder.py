@@ -10,6 +10,7 @@ DiT's grid one memory token stands for:
 φ sees one segment at a time (segments are folded into the batch), so a new section costs one section:
 φ([H; X]) = [φ(H); φ(X)]. Letters as in model.py; M memory tokens; t, h, w the rate in time, rows and columns.
 """
+import contextlib
 import math
 
 import torch
@@ -17,8 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from model import (PRESETS, Attention, DiT, PatchEmbedding, UserError, flow_loss, get_preset, load_weights,
-                   pad_replicate, read_metadata, rope, token_positions)
+from model import (PRESETS, Attention, DiT, PatchEmbedding, UserError, add_lora, flow_loss, get_preset, load_base,
+                   load_weights, pad_replicate, read_metadata, rope, token_positions)
 
 METHODS = ("proposed", "only-lr", "without-lr", "none")
 
@@ -141,17 +142,25 @@ class MemoryEncoder(nn.Module):
 
 
 class MemoryDiT(nn.Module):
-    """What is trained: the DiT and the memory that it reads."""
+    """What is trained: the DiT and the memory that it reads.
 
-    def __init__(self, preset, method="proposed", rate="4x4x2"):
+    empty: the DiT takes no memory yet (meta device), since weights will be loaded into it.
+    """
+
+    def __init__(self, preset, method="proposed", rate="4x4x2", empty=False):
         super().__init__()
         if method not in METHODS:
             raise UserError(f"--method {method}: choose one of {', '.join(METHODS)}")
         self.preset, self.method, self.rate = preset, method, rate
-        self.dit = DiT(get_preset(preset).dit)
+        with torch.device("meta") if empty else contextlib.nullcontext():
+            self.dit = DiT(get_preset(preset).dit)
         self.encoder = None if method == "none" else MemoryEncoder(method, rate, preset)
-        if self.encoder:
-            self.encoder.start_from(self.dit)
+
+    def saved_names(self):
+        """The tensors that a checkpoint holds: all, but for those of a frozen base under a LoRA."""
+        names = list(self.state_dict())
+        lora = any(".lora_" in name for name in names)
+        return [name for name in names if not (lora and name.startswith("dit.") and ".lora_" not in name)]
 
     def encode(self, hr, lr, start=0):
         """φ of a history (B, C, F, H, W): its whole segments, which lr covers; an unfinished one stays uncompressed."""
@@ -172,7 +181,8 @@ class MemoryDiT(nn.Module):
 class Memory:
     """φ(H) of a growing history: append() encodes what is new and never what was encoded before.
 
-    most: keep at most this many of the newest whole segments (None: all). codec gives the low-resolution history.
+    most: keep at most this many of the newest whole segments (None: all), and while it is young a causal codec's lone
+    first latent. codec gives the low-resolution history.
     """
 
     def __init__(self, model, codec, most=None):
@@ -197,7 +207,8 @@ class Memory:
             latents, start = latents[:, :, n:], start + n
         self.waiting = latents
         if self.most is not None:
-            self.segments = self.segments[-self.most:]
+            lone = self.segments[:1] if encoder.causal and len(self.segments) == self.most + 1 else []
+            self.segments = lone + self.segments[-self.most:]
 
     @torch.no_grad()
     def context(self):
@@ -218,12 +229,18 @@ class Memory:
         return (sum(n for *_, n in self.segments) + self.waiting.shape[2]) * rows * columns
 
 
-def load_model(path):
-    """(MemoryDiT, config) of a checkpoint written by pretrain.py or finetune.py."""
+def load_model(path, base="", device=torch.device("cpu")):
+    """(MemoryDiT, config) of a checkpoint written by pretrain.py or finetune.py. base: the weights of the DiT that its
+    LoRA belongs to, if it has one."""
     config = read_metadata(path)
     try:
-        model = MemoryDiT(config["preset"], config["method"], config["rate"])
+        model = MemoryDiT(config["preset"], config["method"], config["rate"], empty=True)
     except KeyError as e:
         raise UserError(f"{path}: its config has no usable {e}; train it again") from None
-    load_weights(model, [path])
-    return model.eval(), config
+    if config.get("lora"):
+        if not base:
+            raise UserError(f"{path} holds a LoRA and a memory encoder alone: give the base DiT too, --init")
+        load_base(model.dit, base, device, frozen=True)
+        add_lora(model.dit, config["lora"])
+    load_weights(model, [path], names=model.saved_names(), device=device)
+    return model.to(device).eval(), config

@@ -97,7 +97,7 @@ def open_checkpoint(config, stage):
         raise UserError(f"{config.checkpoint} is of stage {trained['stage']}: give one of {stage}.py")
     model.to(pick_device(config.device))
     preset = PRESETS[model.preset]
-    return model, Tools(preset, make_codec(preset.codec), make_prompts(preset), model.encoder), trained
+    return model, Tools(preset, make_codec(preset), make_prompts(preset), model.encoder), trained
 
 
 def own_clip(config, tools):
@@ -166,7 +166,7 @@ def continuation(argv):
     clips = world_clips("held-out", config.clips, tools.preset, tools.codec, config.cache, keep_pixels=True)
     begin = tools.preset.history
     settings = FinetuneConfig(seed=config.seed)
-    draw = lambda rows: collate([ask(settings, tools, clips[row], 0, begin, clips[row].prompt(begin),
+    draw = lambda rows: collate([ask(settings, tools, clips[row], 0, begin, clips[row].text(begin, tools.prompts),
                                      generator(config.seed, row)) for row in rows])
     report(reconstruct(model, tools, draw, len(clips), config), trained, config, "with prompts")
 

@@ -36,11 +36,16 @@ def draw_continuation(config, tools, clips, rows, step):
     About a third of the histories begin some frames before a section does: their segments straddle the cuts, and their
     last frames wait uncompressed, as they do when one's own clip is continued.
     """
-    section = tools.preset.section
+    section, lone = tools.preset.section, int(tools.codec.causal)
     g = generator(config.seed, step)
     waiting = int(torch.randint(section, (), generator=g)) * int(torch.randint(2, (), generator=g))
-    begins = lambda clip, n: [b for b in clip.targets(n, section) if b >= n * section + waiting]    # of targets
-    possible = lambda: [n for n in range(1, (tools.preset.history - waiting) // section + 1)
+
+    def begins(clip, n):
+        """Where a target may begin after n sections and the waiting frames. A causal codec's first latent is unlike all
+        others, so that its history begins where the clip does."""
+        least = lone + n * section + waiting
+        return [b for b in clip.targets(n, section) if (b == least if lone else b >= least)]
+    possible = lambda: [n for n in range(1, (tools.preset.history - lone - waiting) // section + 1)
                         if all(begins(clip, n) for clip in clips)]
     lengths = possible()
     if not lengths:                                                 # too much is asked of one of the clips
@@ -52,19 +57,19 @@ def draw_continuation(config, tools, clips, rows, step):
         clip, g = clips[row], generator(config.seed, step, row)
         choices = begins(clip, length)
         begin = choices[int(torch.randint(len(choices), (), generator=g))]
-        prompt = clip.prompt(begin) if torch.rand((), generator=g) >= config.text_drop else ""
-        parts.append(ask(config, tools, clip, begin - length * section - waiting, begin, prompt, g))
+        text = clip.text(begin, tools.prompts) if torch.rand((), generator=g) >= config.text_drop else None
+        parts.append(ask(config, tools, clip, begin - length * section - waiting - lone, begin, text, g))
     return collate(parts)
 
 
-def ask(config, tools, clip, first, begin, prompt, g):
-    """A batch of one: the section that begins at latent frame `begin`, after the history from `first` on."""
+def ask(config, tools, clip, first, begin, text, g):
+    """A batch of one: the section that begins at latent frame `begin`, after the history from `first` on.
+    text: (1, L, text_dim), or None for no prompt."""
     section = tools.preset.section
-    hr = clip.latents[None, :, first:begin].float()                             # (1, C, F, H, W)
-    target = clip.latents[None, :, begin:begin + section].float()
+    hr, target = clip.cut(first, begin), clip.cut(begin, begin + section)       # (1, C, F, H, W)
     frames = torch.arange(begin - first, begin - first + section)[None].float()
     return Batch(hr, downsample(tools, hr), target, frames, torch.randn(target.shape, generator=g),
-                 sample_t(1, config.t_mean, config.t_std, g), tools.prompts(prompt)[None],
+                 sample_t(1, config.t_mean, config.t_std, g), tools.prompts("")[None] if text is None else text,
                  clip.truth(torch.arange(begin, begin + section)))
 
 

@@ -21,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
+from torch.utils.checkpoint import checkpoint
 
 
 class UserError(ValueError):
@@ -51,6 +52,10 @@ class Preset:
     section: int                  # latent frames generated at once = encoded at once
     history: int                  # latent frames of history, about 20 s
     widths: tuple                 # channels of the memory encoder's convolutions
+    lora: int = 0                 # rank of the trained update of a frozen DiT; 0: the whole DiT is trained
+    optimizer: str = "muon"       # muon or adamw, see pretrain.py
+    lr: float = 0.04              # its peak learning rate
+    recompute: bool = False       # compute activations again in the backward pass: a third more time, far less memory
 
 
 PRESETS = {
@@ -60,10 +65,10 @@ PRESETS = {
                     "dct", ((128, 224), (224, 128)), fps=8, section=8, history=160, widths=(64, 128, 256, 512)),
     "wan-1.3b": Preset(DiTConfig(dim=1536, ffn_dim=8960, heads=12, layers=30),
                        "wan", ((480, 832), (832, 480), (624, 624)), fps=16, section=8, history=81,
-                       widths=(64, 128, 256, 512)),
+                       widths=(64, 128, 256, 512), lora=128, optimizer="adamw", lr=1e-4, recompute=True),
     "wan-14b": Preset(DiTConfig(dim=5120, ffn_dim=13824, heads=40, layers=40),
                       "wan", ((480, 832), (832, 480), (624, 624)), fps=16, section=8, history=81,
-                      widths=(64, 128, 256, 512)),
+                      widths=(64, 128, 256, 512), lora=128, optimizer="adamw", lr=1e-4, recompute=True),
 }
 
 
@@ -263,6 +268,7 @@ class DiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.head = Head(c)
+        self.recompute = False      # set by training: activations are computed again in the backward pass
         self.init_weights()
 
     def init_weights(self):
@@ -307,11 +313,60 @@ class DiT(nn.Module):
         modulation = torch.stack(modulation.chunk(2), dim=1)                    # (B, 2, 6, D)
         text = self.text_embedding(F.pad(text, (0, 0, 0, c.text_len - text.shape[1])))
         for block in self.blocks:
-            x = block(x, modulation, text, angles, M)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, modulation, text, angles, M, use_reentrant=False)
+            else:
+                x = block(x, modulation, text, angles, M)
         x = self.head(x[:, M:], embedding[B:]).float()                          # only the noisy tokens are read out
         # unlike the input, the output has channels last inside a patch
         return rearrange(x, "b (f h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)", h=rows, w=columns,
                          pt=c.patch[0], ph=c.patch[1], pw=c.patch[2])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA
+
+
+class LoRALinear(nn.Linear):
+    """W x + b + B A x: a linear layer that stays as it is, plus a trained update of low rank (Hu et al. 2021).
+    B starts at zero, so at first nothing changes."""
+
+    def __init__(self, base, rank):
+        super().__init__(base.in_features, base.out_features, device="meta")
+        self.weight, self.bias = base.weight, base.bias
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=base.bias.device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.bias.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+
+    def forward(self, x):
+        return super().forward(x) + F.linear(F.linear(x, self.lora_A), self.lora_B)
+
+    def merged(self):
+        """A plain linear layer that computes the same."""
+        linear = nn.Linear(self.in_features, self.out_features, device="meta")
+        linear.weight = nn.Parameter(self.weight + (self.lora_B @ self.lora_A).to(self.weight))
+        linear.bias = self.bias
+        return linear
+
+
+def replace_linears(module, kind, make):
+    """Put make(m) in the place of every m in `module` that is of exactly this kind."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is kind:
+                setattr(parent, name, make(child))
+
+
+def add_lora(dit, rank):
+    """Freeze the DiT; put an update of this rank beside every attention and feed-forward linear of its blocks."""
+    dit.requires_grad_(False)
+    replace_linears(dit.blocks, nn.Linear, lambda m: LoRALinear(m, rank))
+
+
+@torch.no_grad()
+def merge_lora(dit):
+    """Add the updates to the weights: the same function without the extra products."""
+    replace_linears(dit.blocks, LoRALinear, LoRALinear.merged)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -445,12 +500,16 @@ def read_metadata(path):
     return json.loads(text)
 
 
-def load_weights(module, files, rename=lambda name: name):
-    """Read every tensor of `module` from safetensors files, strictly: a missing, extra, wrong-shaped or non-finite one
-    is named. Nothing is changed unless everything fits.
-    rename(name in file) gives the name here, or None to skip it."""
-    wanted = module.state_dict()
-    found = {}
+def load_weights(module, files, rename=lambda name: name, names=None, device="cpu",
+                 dtype=lambda name, tensor: tensor.dtype):
+    """Read the tensors of `module` (of `names`, if given) from safetensors files, strictly: a missing, extra,
+    wrong-shaped or non-finite one is named. Nothing is changed unless everything fits.
+
+    rename(name in file) gives the name here, or None to skip it. Each tensor goes straight to `device` and to
+    dtype(name, tensor here), so that a module built on the meta device never takes more memory than it does in the end.
+    """
+    wanted = {name: tensor for name, tensor in module.state_dict().items() if names is None or name in names}
+    places = {}                                                     # name here -> (file, name there)
     for path in files:
         with open_safetensors(path) as f:
             for name in f.keys():
@@ -464,14 +523,32 @@ def load_weights(module, files, rename=lambda name: name):
                 if shape != tuple(wanted[ours].shape):
                     raise UserError(f"{path}: {name} has shape {shape}, expected {tuple(wanted[ours].shape)}; "
                                     "is this a checkpoint of another size or rate?")
-                found[ours] = f.get_tensor(name)
-                if not found[ours].isfinite().all():
-                    raise UserError(f"{path}: {name} holds values that are not finite; "
-                                    "the file is damaged, use another")
-    missing = [name for name in wanted if name not in found]
+                places[ours] = path, name
+    missing = [name for name in wanted if name not in places]
     if missing:
         raise UserError(f"{files[0]}: no tensor {missing[0]} ({len(missing)} of {len(wanted)} missing); "
                         "is this a checkpoint of another model or method?")
-    with torch.no_grad():
-        for name, value in wanted.items():
-            value.copy_(found[name])
+    found = {}
+    for ours, (path, name) in places.items():
+        with open_safetensors(path) as f:       # opened for each: a mapped file stays in memory until it is closed
+            tensor = f.get_tensor(name)
+            if not torch.stack(tensor.aminmax()).isfinite().all():              # no copy of the tensor's size
+                raise UserError(f"{path}: {name} holds values that are not finite; the file is damaged, use another")
+            found[ours] = tensor.to(device, dtype(ours, wanted[ours]), copy=True)
+    module.load_state_dict(found, strict=names is None, assign=True)
+
+
+def frozen_dtype(device):
+    """dtype(name, tensor) for a DiT that is not trained: the matrices of its blocks, 98 % of it, are kept in what
+    products are computed in; the rest stays float32, as in Wan's own mixed precision."""
+    return lambda name, tensor: (product_dtype(device) if name.startswith("blocks.") and tensor.ndim == 2
+                                 else torch.float32)
+
+
+def load_base(dit, path, device="cpu", frozen=False):
+    """The base DiT's weights: official or diffusers naming, one file or shards, or a checkpoint of this project. Held
+    in float32, or if frozen as frozen_dtype says."""
+    held = frozen_dtype(device) if frozen else lambda name, tensor: torch.float32
+    # of a checkpoint of ours take the DiT alone; Wan's own names have no such prefix
+    rename = lambda name: None if name.startswith("encoder.") else wan_name(name)
+    load_weights(dit, weight_files(path), rename, device=device, dtype=held)

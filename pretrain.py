@@ -25,27 +25,31 @@ from tqdm import tqdm
 
 from data import make_codec, make_prompts, open_dataset, parse_flags, psnr, run_main, to_frames
 from encoder import MemoryDiT
-from model import (Preset, UserError, add_noise, autocast, euler, get_preset, load_weights, pick_device,
-                   product_dtype, sample_t, wan_name, weight_files)
+from model import (Preset, UserError, add_lora, add_noise, autocast, euler, get_preset, load_base, pick_device,
+                   product_dtype, sample_t)
 from video import contact_strip, whole_file
+from wan import comfy_name
 
 
 @dataclass
 class Config:
     """What both stages share."""
-    preset: str = "nano"          # model and data sizes: nano, small
+    preset: str = "nano"          # model and data sizes: nano, small, wan-1.3b, wan-14b
     method: str = "proposed"      # proposed, only-lr, without-lr, none
     rate: str = "4x4x2"           # compression on the DiT's token grid, rows x columns x frames
-    data: str = "world"           # "world" (the paper-doll world) or a folder of videos with captions beside them
+    data: str = "world"           # "world" (paper dolls), a folder of videos with captions, or one of data.py cache
     out: str = "runs/pretrain"    # run folder: model.safetensors, state.pt, log.jsonl, previews
     init: str = "checkpoints/nano-base.safetensors"    # base DiT: a file or folder of weights, or "random"
+    lora: int = None              # rank of the update of a frozen DiT; 0 trains all of it [the preset's]
+    vae: str = ""                 # Wan: local folder of its VAE, for figures in pixels and pictures while it trains
     text_drop: float = 0.5        # share of samples without a prompt
     t_mean: float = 1.3           # noise levels that the DiT trains on: sigmoid of N(t_mean, t_std)
     t_std: float = 1.0            # their spread
     steps: int = 1200             # optimizer steps
     batch: int = 8                # clips a step, over all processes
     micro_batch: int = 8          # clips a forward pass on one process; gradients are accumulated up to the batch
-    lr: float = 0.04              # peak learning rate of the matrices (Muon); all else has a tenth of it (AdamW)
+    optimizer: str = None         # muon (for matrices; AdamW for the rest) or adamw [the preset's]
+    lr: float = None              # peak learning rate; with muon, all but matrices have a tenth of it [the preset's]
     warmup: int = 50              # steps of linear warm-up; then a cosine down to zero
     clip_grad: float = 1.0        # largest norm of the gradient
     ema: float = 0.995            # decay of the weight average that is saved and sampled from
@@ -123,27 +127,29 @@ def draw_retrieval(config, tools, clips, rows, step):
     parts = []
     for row in rows:
         clip, g = clips[row], generator(config.seed, step, row)
-        first = int(torch.randint(clip.frames - history + 1, (), generator=g))
-        hr = clip.latents[None, :, first:first + history].float()               # (1, C, F, H, W)
+        # a causal codec's first latent is unlike all others, so that its history begins where the clip does
+        first = 0 if tools.codec.causal else int(torch.randint(clip.frames - history + 1, (), generator=g))
+        hr = clip.cut(first, first + history)                                   # (1, C, F, H, W)
         omega = torch.randperm(history, generator=g)[:config.queries].sort().values
         lr, target = downsample(tools, hr), hr[:, :, omega]
         if config.mask == "noise":
-            hr, lr = mask_history(hr, lr, omega, g)
+            hr, lr = mask_history(hr, lr, omega, tools.encoder.rate[0], g)
         asked = omega[torch.randint(len(omega), (), generator=g)]
-        prompt = clip.prompt(first + int(asked)) if torch.rand((), generator=g) >= config.text_drop else ""
+        shown = torch.rand((), generator=g) >= config.text_drop
+        text = clip.text(first + int(asked), tools.prompts) if shown else tools.prompts("")[None]
         parts.append(Batch(hr, lr, target, omega[None].float(), torch.randn(target.shape, generator=g),
-                           sample_t(1, config.t_mean, config.t_std, g), tools.prompts(prompt)[None],
-                           clip.truth(first + omega)))
+                           sample_t(1, config.t_mean, config.t_std, g), text, clip.truth(first + omega)))
     return collate(parts)
 
 
-def mask_history(hr, lr, omega, g):
+def mask_history(hr, lr, omega, t, g):
     """mask(H, Ω): frames in Ω stay clean, all others get noise of one level, sigmoid(N(0.2, 1)); lr gets its own noise,
-    and is clean where any of its frames is in Ω (paper, section 3.1)."""
+    and is clean where any of its t frames is in Ω (paper, section 3.1)."""
     level = sample_t(1, 0.2, generator=g)
     clean = torch.zeros(hr.shape[2], dtype=torch.bool)
     clean[omega] = True
-    clean_lr = clean.view(lr.shape[2], -1).any(1)
+    padded = torch.cat([clean[:1].expand(-len(clean) % t), clean])              # as pad_replicate does
+    clean_lr = padded.view(-1, t).any(1)
     keep = lambda x, c: torch.where(c[:, None, None], x, add_noise(x, torch.randn(x.shape, generator=g), level))
     return keep(hr, clean), keep(lr, clean_lr)
 
@@ -197,9 +203,12 @@ class Muon(torch.optim.Optimizer):
                     p.add_(u.view_as(p), alpha=-group["lr"] * max(1, rows / columns)**0.5)
 
 
-def make_optimizers(model, lr):
-    """Muon for all matrices and convolutions; AdamW for norms, biases and modulation, at a tenth of the rate."""
-    params = [p for p in model.parameters() if p.requires_grad]
+def make_optimizers(model, config):
+    """Muon for all matrices and convolutions; AdamW for norms, biases and modulation, at a tenth of the rate, or for
+    everything."""
+    params, lr = [p for p in model.parameters() if p.requires_grad], config.lr
+    if config.optimizer == "adamw":
+        return [torch.optim.AdamW([dict(params=params, peak=lr)], betas=(0.9, 0.99), weight_decay=0.0)]
     matrices = dict(params=[p for p in params if p.ndim in (2, 5)], peak=lr)
     others = dict(params=[p for p in params if p.ndim not in (2, 5)], peak=0.1 * lr)
     return [Muon([matrices], lr), torch.optim.AdamW([others], betas=(0.9, 0.99), weight_decay=0.0)]
@@ -251,24 +260,23 @@ def start_processes(config):
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def load_base(dit, path):
-    """The base DiT's weights: official or diffusers naming, one file or shards, or a checkpoint of this project."""
-    if path == "random":
-        return
-    # of a checkpoint of ours take the DiT alone; Wan's own names have no such prefix
-    load_weights(dit, weight_files(path), lambda name: None if name.startswith("encoder.") else wan_name(name))
-
-
 def save(config, stage, model, ema, optimizers, step):
-    """state.pt, all that --resume needs; and model.safetensors, the averaged weights that others read."""
+    """state.pt, all that --resume needs; model.safetensors, the averaged weights that sample.py and eval.py read; with
+    a LoRA that alone too, under the names that ComfyUI reads."""
     out = Path(config.out)
-    state = {"step": step, "config": asdict(config), "model": model.state_dict(), "ema": ema.shadow,
+    names = model.saved_names()
+    tensors = lambda: {name: tensor for name, tensor in model.state_dict().items() if name in names}
+    state = {"step": step, "config": asdict(config), "model": tensors(), "ema": ema.shadow,
              "optimizers": [o.state_dict() for o in optimizers]}
     with whole_file(out / "state.pt") as path:
         torch.save(state, path)
     metadata = {"config": json.dumps({**asdict(config), "stage": stage, "step": step})}
-    with ema.swapped(), whole_file(out / "model.safetensors") as path:
-        save_file(model.state_dict(), path, metadata)
+    with ema.swapped():
+        with whole_file(out / "model.safetensors") as path:
+            save_file(tensors(), path, metadata)
+        if config.lora:
+            with whole_file(out / "lora.safetensors") as path:
+                save_file({comfy_name(name): tensor for name, tensor in tensors().items() if ".lora_" in name}, path)
 
 
 def resume(config, model, ema, optimizers):
@@ -281,12 +289,12 @@ def resume(config, model, ema, optimizers):
     except Exception as e:
         raise UserError(f"--resume: {path} cannot be read ({str(e).splitlines()[0]}); start without --resume") from None
     free = ("steps", "out", "device", "compile", "resume", "cache", "save_every", "micro_batch", "held_out",
-            "sample_steps", "sample_shift")
+            "sample_steps", "sample_shift", "vae")
     for key, value in state["config"].items():
         if key not in free and value != getattr(config, key):
             raise UserError(f"--resume: {path} was made with --{key} {value}, not {getattr(config, key)}; "
                             "give the same flags")
-    model.load_state_dict(state["model"])
+    model.load_state_dict({**model.state_dict(), **state["model"]})
     torch._foreach_copy_(ema.shadow, state["ema"])
     for optimizer, saved in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(saved)
@@ -294,46 +302,55 @@ def resume(config, model, ema, optimizers):
 
 
 LOSS_TIMES = (0.25, 0.5, 0.75, 0.95, 0.99)
-FIGURES = (*(f"loss_t{t}" for t in LOSS_TIMES), "psnr_one_step", "psnr", "psnr_wrong_memory")
 
 
 @torch.no_grad()
 def evaluate(config, tools, draw, model, clips, rows, device):
-    """Sums of FIGURES over some rows of held-out clips of one size, the same at every call: the loss at fixed t; PSNR
-    (dB, against the original pixels) of one step from pure noise (the conditional mean) and of the full sampler; and of
+    """Sums of the figures over some rows of held-out clips of one size, the same at every call: the loss at fixed t;
+    PSNR (dB, against the original pixels, or if they are not at hand against what the codec makes of them; without a
+    decoder the squared error of latents) of one step from pure noise (the conditional mean), of the full sampler, and of
     the sampler with the memory of the next clip, which must be clearly worse if the memory is read at all.
-    And (truth, result) frames."""
+    And (truth, result) frames, or None."""
     batch = draw(config, tools, clips, rows, 0).to(device)
     other = draw(config, tools, clips, [(row + 1) % len(clips) for row in rows], 0).to(device)
     with autocast(device):
-        sums = [model(batch.hr, batch.lr, batch.target, batch.frames, batch.noise, torch.full_like(batch.t, t),
-                      batch.text).sum()
-                for t in LOSS_TIMES]
+        sums = {f"loss_t{t}": model(batch.hr, batch.lr, batch.target, batch.frames, batch.noise,
+                                    torch.full_like(batch.t, t), batch.text).sum() for t in LOSS_TIMES}
         memory, wrong = model.encode(batch.hr, batch.lr), model.encode(other.hr, other.lr)
-        made = [euler(model.dit, batch.noise, batch.text, batch.frames, m, steps, config.sample_shift).float()
-                for m, steps in ((memory, 1), (memory, config.sample_steps), (wrong, config.sample_steps))]
-    made = [to_frames(tools.codec.decode(x)) for x in made]
-    sums += [psnr(frames, batch.truth).mean(1).sum() for frames in made]
-    return torch.stack(sums).cpu().double(), (batch.truth.cpu(), made[1].cpu())
+        made = {name: euler(model.dit, batch.noise, batch.text, batch.frames, m, steps, config.sample_shift).float()
+                for name, m, steps in (("one_step", memory, 1), ("", memory, config.sample_steps),
+                                       ("wrong_memory", wrong, config.sample_steps))}
+    if model.encoder is None or len(clips) < 2:                                 # no memory, or no other one
+        del made["wrong_memory"]
+    if not tools.codec.decodes:
+        sums |= {"_".join(["latent_mse", name][:1 + bool(name)]): (x - batch.target).square().flatten(1).mean(1).sum()
+                 for name, x in made.items()}
+        return sums, None
+    show = lambda x: to_frames(tools.codec.show(batch.hr, x, batch.frames))
+    truth = show(batch.target) if batch.truth is None else batch.truth
+    frames = {name: show(x) for name, x in made.items()}
+    sums |= {"_".join(["psnr", name][:1 + bool(name)]): psnr(x, truth).mean(1).sum() for name, x in frames.items()}
+    return sums, (truth.cpu(), frames[""].cpu())
 
 
 def evaluate_all(config, tools, draw, model, clips, rank, world, device):
-    """Means of FIGURES over all held-out clips, which the processes share;
+    """Means of the figures over all held-out clips, which the processes share;
     and pictures of this process's first ones."""
-    sums, pictures = torch.zeros(len(FIGURES) + 1, dtype=torch.float64), None
+    totals, counts, pictures = {}, {}, None
     for members in clips.sizes.values():                            # a batch is of one size
         rows = range(rank, len(members), world)
         if rows:
-            figures, made = evaluate(config, tools, draw, model, [clips[i] for i in members], rows, device)
-            sums += torch.cat([figures, torch.tensor([float(len(rows))])])
+            sums, made = evaluate(config, tools, draw, model, [clips[i] for i in members], rows, device)
+            for name, value in sums.items():
+                totals[name] = totals.get(name, 0) + value.item()
+                counts[name] = counts.get(name, 0) + len(rows)
             pictures = pictures or made
     if world > 1:
-        sums = sums.float().to(device)
-        dist.all_reduce(sums)
-    figures = dict(zip(FIGURES, (sums[:-1] / sums[-1]).tolist()))
-    if model.encoder is None or min(map(len, clips.sizes.values())) < 2:       # no memory, or no other one
-        del figures["psnr_wrong_memory"]
-    return figures, pictures
+        gathered = [None] * world
+        dist.all_gather_object(gathered, (totals, counts))
+        names = dict.fromkeys(name for part, _ in gathered for name in part)
+        totals, counts = ({name: sum(part[k].get(name, 0) for part in gathered) for name in names} for k in (0, 1))
+    return {name: totals[name] / counts[name] for name in totals}, pictures
 
 
 def preview(path, truth, result, n_clips=4):
@@ -388,9 +405,8 @@ def accumulate_gradients(config, tools, draw, ddp, clips, step, rank, world, dev
 def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank, world, device):
     """Train `model` on `clips`: draw(config, tools, clips, rows, step) says what to denoise. One loop, both stages."""
     out = Path(config.out)
-    model.to(device)
     ema = EMA(model, config.ema)
-    optimizers = make_optimizers(model, config.lr)
+    optimizers = make_optimizers(model, config)
     if not config.resume and (out / "state.pt").exists():
         raise UserError(f"--out {out} holds a run already: go on with --resume, or give another folder")
     first = resume(config, model, ema, optimizers) if config.resume else 0
@@ -399,7 +415,9 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
             block.compile()                                         # in place: parameter names stay as they are
     devices = [device.index] if device.type == "cuda" else None
     unused = config.method == "without-lr"                          # its patch embedding only sees unfinished segments
-    ddp = DistributedDataParallel(model, devices, find_unused_parameters=unused) if world > 1 else model
+    # every process made the same weights from the seed and the files: no need to send a frozen base around
+    ddp = DistributedDataParallel(model, devices, find_unused_parameters=unused,
+                                  init_sync=not config.lora) if world > 1 else model
     if rank == 0:
         start_log(out, first)
         describe(config, model, tools, world)
@@ -438,8 +456,9 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
             with ema.swapped():
                 figures, pictures = evaluate_all(eval_config, tools, draw, model, held_out, rank, world, device)
             record.update({k: round(v, 4) for k, v in figures.items()})
-            if rank == 0:
+            if rank == 0 and pictures:
                 preview(out / f"preview_{step + 1:06d}.png", *pictures)
+            if rank == 0:
                 tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in record.items()))
         if rank == 0:
             with (out / "log.jsonl").open("a") as log:
@@ -457,26 +476,42 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
 
 
 def check(config):
-    """Refuse what cannot work before anything is loaded."""
+    """Refuse what cannot work before anything is loaded; what was left open is the preset's."""
+    preset = get_preset(config.preset)
+    for key in ("lora", "optimizer", "lr"):
+        if getattr(config, key) is None:
+            setattr(config, key, getattr(preset, key))
     for key in ("steps", "batch", "micro_batch", "save_every", "held_out", "sample_steps", "clips"):
         if getattr(config, key) < 1:
             raise UserError(f"--{key} {getattr(config, key)}: must be at least 1")
+    if config.optimizer not in ("muon", "adamw"):
+        raise UserError(f"--optimizer {config.optimizer}: choose muon or adamw")
+    return preset
+
+
+def make_model(config, preset, device):
+    """The DiT with the base's weights, frozen under a fresh LoRA if one is asked for, and a fresh φ."""
+    torch.manual_seed(config.seed)
+    model = MemoryDiT(config.preset, config.method, config.rate, empty=config.init != "random")
+    if config.init != "random":
+        load_base(model.dit, config.init, device, frozen=bool(config.lora))
+    if model.encoder:
+        model.encoder.start_from(model.dit)
+    if config.lora:
+        add_lora(model.dit, config.lora)
+    model.dit.recompute = preset.recompute
+    return model.to(device)
 
 
 def setup(config):
     """All that both stages build first: processes, model with the base DiT in it, data."""
-    check(config)
-    preset = get_preset(config.preset)
-    codec, prompts = make_codec(preset.codec), make_prompts(preset)
+    preset = check(config)
     rank, world, device = start_processes(config)
+    codec, prompts = make_codec(preset, config.vae, device), make_prompts(preset)
     if config.batch < world:
         raise UserError(f"--batch {config.batch}: must be at least the number of processes, {world}")
-    torch.manual_seed(config.seed)
-    model = MemoryDiT(config.preset, config.method, config.rate)
-    load_base(model.dit, config.init)
-    if model.encoder:
-        model.encoder.start_from(model.dit)
     clips, held_out = open_dataset(config, codec)
+    model = make_model(config, preset, device)
     return model, clips, held_out, Tools(preset, codec, prompts, model.encoder), rank, world, device
 
 

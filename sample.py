@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from data import make_codec, make_prompts, nearest_size, parse_flags, run_main, to_frames, to_pixels
 from encoder import Memory, MemoryDiT, load_model
-from model import PRESETS, UserError, autocast, euler, get_preset, pick_device
+from model import (PRESETS, UserError, autocast, euler, frozen_dtype, get_preset, merge_lora, pick_device,
+                   read_metadata)
 from video import VideoWriter, contact_strip, parse_storyboard, prompt_at, read_video, storyboard_beside, video_info
 
 
@@ -35,8 +36,11 @@ class SampleConfig:
     save_file: str = ""           # the video to write; without it, out/NAME.mp4
     memory_seconds: float = 20.0  # how much history is kept in memory; 0: all
     device: str = "auto"          # auto, cpu, cuda, mps
-    init: str = ""                # "random": random weights of --preset, to measure speed and memory
-    preset: str = "nano"          # of --init random
+    init: str = ""                # Wan: the base DiT under the checkpoint's LoRA; "random": random weights of --preset
+    merge: bool = False           # add the LoRA to the base's weights first: the same result, fewer products
+    vae: str = ""                 # Wan: local folder of its VAE in the diffusers layout ("random": to measure)
+    t5: str = ""                  # Wan: local folder of umT5 in the diffusers layout
+    preset: str = "nano"          # of --init random, which needs no checkpoint: to measure speed and memory
 
 
 def storyboard_of(config, clip_seconds):
@@ -47,23 +51,63 @@ def storyboard_of(config, clip_seconds):
     return [(start - clip_seconds, prompt) for start, prompt in beside]
 
 
+def embed(prompts, storyboard, sections, preset, codec):
+    """The prompt of each section, (L, text_dim). All at once, so that a large text encoder can go before the DiT comes."""
+    times = [k * preset.section * codec.stride[0] / preset.fps for k in range(sections)]
+    texts = {prompt: prompts(prompt) for prompt in {prompt_at(storyboard, t + 1e-6) for t in times}}
+    return [texts[prompt_at(storyboard, t + 1e-6)] for t in times]
+
+
 @torch.no_grad()
-def continue_video(model, codec, prompts, memory, storyboard, sections, config, size):
-    """Generate section after section and append each to `memory`. Yields (latents (1, C, F, h, w), seconds it took)."""
+def continue_video(model, codec, texts, memory, config, size):
+    """Generate a section for each of `texts` and append each to `memory`. Yields (latents (1, C, F, h, w), seconds it
+    took)."""
     preset, device = PRESETS[model.preset], next(model.parameters()).device
     g = torch.Generator().manual_seed(config.seed)
     shape = (1, codec.channels, preset.section, size[0] // codec.stride[1], size[1] // codec.stride[2])
-    for k in range(sections):
+    for text in texts:
         started = time.perf_counter()
-        seconds = k * preset.section * codec.stride[0] / preset.fps
-        text = prompts(prompt_at(storyboard, seconds + 1e-6))[None].to(device)
         frames = memory.frames + torch.arange(preset.section, device=device)
         noise = torch.randn(shape, generator=g).to(device)
         with autocast(device):
-            x = euler(model.dit, noise, text, frames, memory.context(), config.steps, config.shift,
+            x = euler(model.dit, noise, text[None].to(device), frames, memory.context(), config.steps, config.shift,
                       config.guidance).float()
             memory.append(x)
         yield x, time.perf_counter() - started
+
+
+def preset_of(config):
+    """The preset of the checkpoint, whose stage is looked at too, or of --init random."""
+    if config.init == "random":
+        return get_preset(config.preset)
+    trained = read_metadata(config.checkpoint)
+    if trained.get("stage") != "finetune":
+        raise UserError(f"{config.checkpoint} is of stage {trained.get('stage')}: "
+                        "continuing a clip needs one of finetune.py")
+    return get_preset(trained["preset"])
+
+
+def open_model(config, preset, device):
+    """The trained model, or one of random weights."""
+    if config.init == "random":
+        model = MemoryDiT(config.preset)
+        if preset.lora:
+            for name, p in model.dit.named_parameters():
+                p.data = p.data.to(frozen_dtype(device)(name, p))
+        return model.to(device).eval()
+    model, _ = load_model(config.checkpoint, config.init, device)
+    if config.merge:
+        merge_lora(model.dit)
+    return model
+
+
+def read_history(config, preset, codec, most):
+    """(all frames of the clip, its newest that are remembered), uint8 (F, H, W, 3) each. most: sections, or None."""
+    history = read_video(config.history, preset.fps, *nearest_size(preset, video_info(config.history)))
+    n = len(history)
+    if most is not None:            # beside whole sections a causal codec has one frame that stands alone
+        n = min(n, most * preset.section * codec.stride[0] + codec.causal)
+    return history, history[-codec.frames(n):]
 
 
 def peak_memory(device):
@@ -95,31 +139,25 @@ def main():
         "steps": ["--sample_steps"], "shift": ["--sample_shift"], "guidance": ["--sample_guide_scale"],
         "seed": ["--base_seed"]})
     check(config)
-    if config.init == "random":
-        make_codec(get_preset(config.preset).codec)     # refuses what cannot run before it fills the memory
-        model = MemoryDiT(config.preset).eval()
-    else:
-        model, trained = load_model(config.checkpoint)
-        if trained["stage"] != "finetune":
-            raise UserError(f"{config.checkpoint} is of stage {trained['stage']}: "
-                            "continuing a clip needs one of finetune.py")
-    preset = PRESETS[model.preset]
-    codec, prompts = make_codec(preset.codec), make_prompts(preset)
-    info = video_info(config.history)
-    size = nearest_size(preset, info)
-    history = read_video(config.history, preset.fps, *size)                     # (F, H, W, 3) uint8
-    storyboard = storyboard_of(config, len(history) / preset.fps)
+    preset, device = preset_of(config), pick_device(config.device)
+    codec = make_codec(preset, config.vae, device)
+    section_seconds = preset.section * codec.stride[0] / preset.fps
+    most = math.ceil(config.memory_seconds / section_seconds) if config.memory_seconds else None
+    history, kept = read_history(config, preset, codec, most)
+    sections = math.ceil(config.seconds / section_seconds - 1e-6)
     save_file = Path(config.save_file or f"out/{Path(config.history).stem}.mp4")
     if save_file.resolve() == Path(config.history).resolve():
         raise UserError(f"--save_file {save_file} is the history itself: give another name")
+    texts = embed(make_prompts(preset, config.t5), storyboard_of(config, len(history) / preset.fps), sections, preset,
+                  codec)
 
-    device = pick_device(config.device)
-    model.to(device)
-    seconds_a_section = preset.section * codec.stride[0] / preset.fps
-    most = math.ceil(config.memory_seconds / seconds_a_section) if config.memory_seconds else None
+    latents = codec.encode(to_pixels(kept)[None]).to(device)
+    decode = codec.decoder()
+    if codec.causal:                # what the decoder carries on must come from the history
+        for piece in latents.split(preset.section, dim=2):
+            decode(piece)
+    model = open_model(config, preset, device)
     memory = Memory(model, codec, most)
-    kept = history if most is None else history[-most * preset.section * codec.stride[0]:]
-    latents = codec.encode(to_pixels(kept)[None].to(device))
     with autocast(device):
         memory.append(latents)
         context = memory.context()
@@ -127,19 +165,18 @@ def main():
     print(f"history: {len(history) / preset.fps:g} s, {len(history)} frames; memory: {tokens} tokens for "
           f"{len(kept) / preset.fps:g} s (uncompressed: {memory.uncompressed})")
 
-    sections = math.ceil(config.seconds / seconds_a_section - 1e-6)
     made, times = [], []
+    size = history.shape[1:3]
     with VideoWriter(save_file, preset.fps, *size) as writer:
         writer.write(history)
-        bar = tqdm(continue_video(model, codec, prompts, memory, storyboard, sections, config, size), total=sections,
-                   desc="sections")
-        for latents, seconds in bar:
-            made.append(to_frames(codec.decode(latents))[0].cpu())              # (F, H, W, 3)
+        for latents, seconds in tqdm(continue_video(model, codec, texts, memory, config, size), total=sections,
+                                     desc="sections"):
+            made.append(to_frames(decode(latents))[0].cpu())                    # (F, H, W, 3)
             writer.write(made[-1])
             times.append(seconds)
     strip = save_file.with_suffix(".png")
     draw_strip(strip, history, torch.cat(made), preset, codec)
-    print(f"{sum(times) / len(times):.2f} s a section of {seconds_a_section:g} s; "
+    print(f"{sum(times) / len(times):.2f} s a section of {section_seconds:g} s; "
           f"peak memory {peak_memory(device):.2f} GiB")
     print(f"wrote {save_file} and {strip}")
 

@@ -1,5 +1,5 @@
 """Video files and storyboards: reading, writing, finding, and the strips of frames that every preview is drawn with."""
-
+import hashlib
 import json
 import math
 import os
@@ -266,6 +266,15 @@ def find_videos(folder):
 # Writing
 
 
+def file_hash(path):
+    """SHA-256 of a file's content, as hexadecimal text."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 @contextmanager
 def whole_file(path):
     """Makes the folder and gives a temporary path beside `path`: flushed and renamed at the end, removed on an
@@ -448,6 +457,11 @@ def _parse_json(content, where):
         entries = json.loads(content)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}, line {error.lineno}: not JSON ({error.msg})") from None
+    return parse_entries(entries, where)
+
+
+def parse_entries(entries, where):
+    """A decoded JSON storyboard -> list of (seconds, prompt); `where` names it in errors. Raises UserError."""
     if not isinstance(entries, list):
         raise UserError(f'{where}: expected a list such as [{{"start": 0, "text": "he sits"}}], found another thing')
     storyboard = []

@@ -1,0 +1,202 @@
+"""What Wan 2.1 brings besides its DiT: the causal video VAE and the umT5 text encoder, both from local folders in the
+diffusers layout, and the names under which others read a LoRA. diffusers and transformers are imported only here.
+
+Pixels are (B, 3, F, H, W) floats in [-1, 1], F = 1 + 4k; latents (B, 16, 1 + k, H/8, W/8), the first of one frame alone.
+"""
+import hashlib
+import html
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from model import UserError, pad_replicate
+from video import file_hash
+
+MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+       3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+
+
+def subfolder(folder, name, flag):
+    """`folder` itself if it holds a config, else its part `name`, as in a downloaded diffusers pipeline."""
+    for path in (Path(folder), Path(folder) / name):
+        if (path / "config.json").is_file():
+            return path
+    raise UserError(f"{flag} {folder}: no config.json there or in its {name}; give the folder of "
+                    "Wan2.1-T2V-1.3B-Diffusers or its part")
+
+
+def fingerprint(folder):
+    """SHA-256 over the files of a folder: what a cache was made with."""
+    files = sorted(p for p in Path(folder).iterdir() if p.is_file())
+    return hashlib.sha256(repr([(p.name, file_hash(p)) for p in files]).encode()).hexdigest()
+
+
+class WanCodec:
+    """Wan's VAE, a frame or four at a time: its causal convolutions carry what they need in a cache, so that a video of
+    any length takes the memory of four frames. Without a folder only what needs no VAE works (training on a cache)."""
+    channels, stride, causal = 16, (4, 8, 8), True
+
+    def __init__(self, folder=None, device="cpu"):
+        self.vae, self.device = None, device
+        if folder:
+            try:
+                from diffusers import AutoencoderKLWan
+            except ImportError:
+                raise UserError("Wan's VAE needs the package diffusers: pip install diffusers") from None
+            if folder == "random":      # to measure speed and memory
+                self.vae = AutoencoderKLWan()
+            else:
+                self.folder = subfolder(folder, "vae", "--vae")
+                try:
+                    self.vae = AutoencoderKLWan.from_pretrained(self.folder, torch_dtype=torch.float32)
+                except (OSError, ValueError, RuntimeError) as e:
+                    raise UserError(f"--vae {folder} cannot be read ({str(e).splitlines()[0]}): "
+                                    "download it again") from None
+            self.vae.eval().requires_grad_(False).to(device)
+
+    @property
+    def decodes(self):
+        """Can it turn latents into pixels?"""
+        return self.vae is not None
+
+    @property
+    def settings(self):
+        """What a cache of latents depends on."""
+        return ["wan", fingerprint(self.folder)] if self.vae else ["wan", None]
+
+    def need_vae(self):
+        if self.vae is None:
+            raise UserError("latents of Wan need its VAE: give --vae, a local folder in the diffusers layout")
+
+    def frames(self, n):
+        """The most frames, of n, that are whole latents: 1 + 4k."""
+        return 1 + (n - 1) // 4 * 4
+
+    def statistics(self, like):
+        return (torch.tensor(x).view(1, 16, 1, 1, 1).to(like) for x in (MEAN, STD))
+
+    @torch.no_grad()
+    def encode(self, pixels):
+        """(B, 3, 1 + 4k, H, W), H and W multiples of 16 -> (B, 16, 1 + k, H/8, W/8), the mean, normalised."""
+        self.need_vae()
+        if (pixels.shape[2] - 1) % 4:
+            raise ValueError(f"{pixels.shape[2]} frames are not 1 + 4k")
+        cache = [None] * self.vae._cached_conv_counts["encoder"]
+        parts = []
+        for part in (pixels[:, :, :1], *pixels[:, :, 1:].split(4, dim=2)):
+            if part.shape[2]:
+                x = self.vae.encoder(part.to(self.device), feat_cache=cache, feat_idx=[0])
+                parts.append(self.vae.quant_conv(x)[:, :16].to(pixels.device))
+        latents = torch.cat(parts, dim=2)
+        mean, std = self.statistics(latents)
+        return (latents - mean) / std
+
+    def decoder(self):
+        """A function that decodes a video piece by piece, (B, 16, f, h, w) -> (B, 3, F, 8h, 8w), clamped: the very first
+        latent becomes one frame and every other four. Pieces joined equal the whole decoded at once."""
+        self.need_vae()
+        cache, started = [None] * self.vae._cached_conv_counts["decoder"], False
+
+        @torch.no_grad()
+        def decode(latents):
+            nonlocal started
+            mean, std = self.statistics(latents)
+            z = self.vae.post_quant_conv((latents * std + mean).float().to(self.device))
+            parts = []
+            for piece in z.split(1, dim=2):
+                x = self.vae.decoder(piece, feat_cache=cache, feat_idx=[0], first_chunk=not started)
+                parts.append(x.clamp(-1, 1).to(latents.device))
+                started = True
+            return torch.cat(parts, dim=2)
+        return decode
+
+    def decode(self, latents):
+        """A whole video from its beginning: (B, 16, 1 + k, h, w) -> (B, 3, 1 + 4k, 8h, 8w)."""
+        return self.decoder()(latents)
+
+    def show(self, history, target, frames):
+        """Pixels of `target` (B, 16, F', h, w), latents that belong at `frames` (B, F') of a video that begins with
+        `history`: put in place there and decoded with all before them, since the VAE is causal. One frame, the last of
+        its four, for each: (B, 3, F', H, W)."""
+        shown = []
+        for h, x, at in zip(history, target, frames.long()):
+            video = h.new_zeros(h.shape[0], max(h.shape[1], int(at.max()) + 1), *h.shape[2:])
+            video[:, :h.shape[1]] = h
+            video[:, at] = x.to(video)
+            shown.append(self.decode(video[None, :, :int(at.max()) + 1])[0][:, 4 * at])
+        return torch.stack(shown)
+
+    def downsample(self, latents, rate):
+        """Mean over blocks (t, h, w): (B, 16, F, h', w') -> (B, 16, F/t, ...), sizes padded up to whole tokens by
+        replication. The lone first latent is padded to a block of itself. (The paper encodes a smaller video; a causal
+        VAE cannot do that for one segment.)"""
+        latents = pad_replicate(latents.float(), (rate[0], 2 * rate[1], 2 * rate[2]))
+        return F.avg_pool3d(latents, rate)
+
+
+class UMT5Prompts:
+    """Prompt embeddings of umT5-xxl, (512, 4096), zero after the prompt's last token. 10.6 GiB in bf16, on the CPU."""
+
+    def __init__(self, folder, dim=4096, length=512):
+        try:
+            from transformers import AutoTokenizer, UMT5EncoderModel
+        except ImportError:
+            raise UserError("umT5 needs the package transformers: pip install transformers") from None
+        self.dim, self.length = dim, length
+        self.folder = subfolder(folder, "text_encoder", "--t5")
+        beside = self.folder.parent / "tokenizer"
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(beside if beside.is_dir() else self.folder)
+            self.model = UMT5EncoderModel.from_pretrained(self.folder, torch_dtype=torch.bfloat16).eval()
+        except (OSError, ValueError, RuntimeError) as e:
+            raise UserError(f"--t5 {folder} cannot be read ({str(e).splitlines()[0]}): download it again") from None
+
+    @property
+    def settings(self):
+        """What a cache of prompts depends on."""
+        return ["umt5", fingerprint(self.folder), self.length]
+
+    @torch.no_grad()
+    def __call__(self, prompt):
+        """A text -> (length, dim) float32; all zeros for an empty prompt."""
+        rows = torch.zeros(self.length, self.dim)
+        prompt = " ".join(clean(prompt).split())
+        if prompt:
+            tokens = self.tokenizer(prompt, return_tensors="pt").input_ids
+            if tokens.shape[1] > self.length:
+                print(f'warning: a prompt of {tokens.shape[1]} tokens is cut to {self.length}: "{prompt[:60]}..."')
+                tokens = torch.cat([tokens[:, :self.length - 1], tokens[:, -1:]], dim=1)    # keep the end-of-text token
+            rows[:tokens.shape[1]] = self.model(tokens).last_hidden_state[0].float()
+        return rows
+
+
+def clean(text):
+    """As Wan cleans prompts: broken encodings mended (where ftfy is installed), HTML entities undone twice."""
+    try:
+        import ftfy
+        text = ftfy.fix_text(text)
+    except ImportError:
+        pass
+    return html.unescape(html.unescape(text)).strip()
+
+
+class ZeroPrompts:
+    """In the place of a text encoder where every prompt is in the cache: knows only the empty one."""
+    settings = None
+
+    def __init__(self, dim, length):
+        self.dim, self.length = dim, length
+
+    def __call__(self, prompt):
+        """"" -> (length, dim) of zeros."""
+        if prompt:
+            raise UserError("prompts of Wan need umT5: give --t5, a local folder in the diffusers layout")
+        return torch.zeros(self.length, self.dim)
+
+
+def comfy_name(name):
+    """The name that ComfyUI reads for a LoRA tensor of the DiT: diffusion_model. + module + lora_A or lora_B."""
+    return f"diffusion_model.{name.removeprefix('dit.')}.weight"
