@@ -4,6 +4,7 @@ Data is tiny, seeded and made here. What needs the official Wan fixtures (../sha
 (checkpoints/) is skipped where they are not.
 """
 import dataclasses
+import importlib.util
 import itertools
 import json
 import math
@@ -24,7 +25,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 
+import budget
 import data
 import encoder
 import eval as evaluation
@@ -1646,6 +1649,156 @@ def test_retrieval_command(stage1, cache, capsys):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# budget.py
+
+
+@torch.no_grad()
+def test_budget_counts_tokens():
+    wan, nano = PRESETS["wan-14b"], PRESETS["nano"]
+    assert [budget.memory_tokens(wan, (480, 832), "4x4x2", n) for n in (81, 121)] == [4264, 6344]
+    assert [budget.frame_tokens(wan, size) for size in wan.sizes] == [1560, 1560, 39 * 39]
+    assert budget.memory_tokens(wan, (624, 624), "2x2x1", 81) == 81 * 20 * 20
+    assert {rate: budget.memory_tokens(nano, (64, 64), rate, 40) for rate in RATES} == RATES
+    assert budget.paper_tokens() == 5460 and budget.paper_tokens(latents=2) == 7 * 13
+    for preset, frames in itertools.product(("tiny", "tiny-wan"), (1, 4, 5, 8, 11)):       # some do not fill a segment
+        model, p = MemoryDiT(preset), PRESETS[preset]
+        size = [4 * s for s in budget.STRIDES[p.codec][1:]]
+        hr, lr = (x[..., :4, :4] for x in (torch.zeros(1, 16, frames, 4, 4), torch.zeros(1, 16, frames, 1, 1)))
+        n = model.encoder.whole(frames)
+        lr = lr[:, :, :budget.memory_tokens(p, size, "4x4x2", n)]                          # one token a memory frame
+        assert model.encode(hr, lr)[0].shape[1] == budget.memory_tokens(p, size, "4x4x2", frames)
+
+
+def counted_flops(f):
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        f()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("M", [0, 7])
+def test_budget_flops_are_those_that_torch_counts(M):
+    c = dataclasses.replace(CONFIG, out_dim=3)
+    memory = (randn(1, M, c.dim), torch.zeros(M, 3)) if M else None
+    made = counted_flops(lambda: DiT(c)(randn(1, 4, 3, 4, 6), torch.tensor([5.0]), randn(1, 2, 16), memory=memory))
+    assert budget.flops(c, 3 * 2 * 3, M) == made
+
+
+def test_budget_flops_of_wan_and_of_the_encoder():
+    for preset, expected in ("wan-1.3b", 283e12), ("wan-14b", 1678e12):        # 81 frames of 480 x 832
+        assert budget.flops(PRESETS[preset].dit, 32760) == pytest.approx(expected, rel=2e-3)
+    real, (hr, lr) = make_encoder(), budget.random_history(TINY, "4x4x2", 8, "cpu")
+    on_meta = lambda n: budget.encoder_cost(MemoryEncoder("proposed", "4x4x2", "tiny").to("meta"), TINY, "4x4x2", n)
+    assert on_meta(8)[0] == counted_flops(lambda: real(hr, lr)) and on_meta(40)[0] == 5 * on_meta(8)[0]
+    assert 4.5 < on_meta(40)[1] / on_meta(8)[1] < 5.5
+
+
+def test_budget_counts_lora():
+    linears = [m for m in DiT(CONFIG).blocks.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(linears) == 10 * CONFIG.layers
+    assert budget.lora_parameters(CONFIG, 3) == sum(3 * (m.in_features + m.out_features) for m in linears)
+
+
+class WithLoRA(torch.nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.down = base.requires_grad_(False), torch.nn.Linear(base.in_features, 1, bias=False)
+        self.up = torch.nn.Linear(1, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_budget_knows_what_a_block_keeps(lora, monkeypatch):
+    """Against the tensors that autograd saves, with a fused attention and bf16 products as on a GPU."""
+    monkeypatch.setattr(model, "attend", F.scaled_dot_product_attention)
+    c, N = DiTConfig(dim=48, ffn_dim=96, heads=2, layers=1, text_dim=8, text_len=2), 1009
+    block = model.Block(c)
+    if lora:
+        block.requires_grad_(False)
+        for m in (block.self_attn, block.cross_attn, block.ffn):
+            for name, linear in list(m.named_children()):
+                if isinstance(linear, torch.nn.Linear):
+                    setattr(m, name, WithLoRA(linear))
+    angles = model.rope(torch.zeros(1, N, 3), c.dim // c.heads)
+    held = {}
+
+    def keep(x):
+        if N in x.shape or N - 9 in x.shape:
+            held[x.untyped_storage().data_ptr()] = x
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        block(randn(1, N, 48).requires_grad_(), randn(1, 2, 6, 48), randn(1, 2, 48), angles, 9)
+    for x in angles:
+        held.pop(x.untyped_storage().data_ptr(), None)
+    kept = sum(x.untyped_storage().nbytes() for x in held.values())
+    assert budget.block_bytes(c, N, lora) == pytest.approx(kept, rel=0.03)
+
+
+@pytest.mark.parametrize("preset, says", [
+    ("nano", ["8,347,680", "2,560", "256 + 80"]), ("small", ["62,463,488", "224x128", "71,680"]),
+    ("wan-1.3b", ["1,418,996,800", "4,264", "126,360", "5,460", "yes"]),
+    ("wan-14b", ["14,288,491,584", "6,240 + 4,264", "12,480 + 4,264", "6,344", "1.39 PFLOP"])])
+def test_budget_command(preset, says, capsys):
+    run(evaluation.main, "budget", "--preset", preset)
+    said = capsys.readouterr().out
+    assert "predictions" in said and all(s in said for s in says), said
+    assert max(map(len, said.splitlines())) <= 120
+
+
+def test_budget_batches_fill_the_memory(capsys):
+    def batches(gpus, memory):
+        run(evaluation.main, "budget", "--preset", "wan-14b", "--gpus", gpus, "--memory_gb", memory)
+        said = capsys.readouterr().out
+        return next(line.split("GiB")[1].split() for line in said.splitlines() if "largest batch" in line)
+    fixed, sample = budget.training_memory(PRESETS["wan-14b"].dit, 1000, 100, 7, 2, 50)
+    assert sum(fixed.values()) == 2 * 1000 + (4 + 4 + 8 + 4 + 4) * 100 + budget.CONTEXT * 2**30
+    assert sample["stream between blocks, float32"] == 40 * 7 * 5120 * 4 and sample["φ, float32"] == 50
+    assert batches(2, 80) == ["3", "1"] and batches(2, 30)[:3] == ["does", "not", "fit"]
+
+
+def test_alternate_takes_turns():
+    calls = []
+    times = budget.alternate({n: lambda n=n: calls.append(n) for n in "ab"}, 3, torch.device("cpu"))
+    assert calls == list("abababab") and [len(t) for t in times.values()] == [3, 3]
+    assert budget.ratio([1, 4, 9], [1, 2, 3]) == 2
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-wan"])
+def test_speed_command(preset, capsys, monkeypatch):
+    monkeypatch.setattr(budget, "GROWTH", (2, 8))
+    monkeypatch.setattr(budget, "autocast", lambda device: torch.autocast("cpu", enabled=False))
+    if preset == "tiny-wan":
+        monkeypatch.setitem(sys.modules, "diffusers", None)     # as if it were not installed
+    run(evaluation.main, "speed", "--preset", preset, "--repeats", 1, "--device", "cpu", "--out", "plot.png")
+    said = capsys.readouterr().out
+    rows = [line.split(",") for line in Path("plot.csv").read_text().splitlines()]
+    p = PRESETS[preset]
+    latents = {"tiny": (4, 16), "tiny-wan": (5, 5)}[preset]     # whole segments of 2 and of 0.5 latents a second
+    assert [row[:2] + row[3:4] for row in rows[1:]] == [
+        [str(n) for n in (s, budget.memory_tokens(p, (32, 32), "4x4x2", m), m * budget.frame_tokens(p, (32, 32)))]
+        for s, m in zip((2, 8), latents)]
+    assert all(float(row[2]) > 0 and float(row[4]) > 0 for row in rows[1:])
+    assert Image.open("plot.png").size == (900, 600)
+    if "n/a" in said:
+        assert preset == "tiny-wan" or not importlib.util.find_spec("diffusers")
+    else:
+        difference = next(line.split()[-1] for line in said.splitlines() if "largest difference" in line)
+        assert 0 < float(difference) < 1e-5
+
+
+def test_speed_skips_what_takes_too_long(capsys, monkeypatch):
+    monkeypatch.setattr(budget, "GROWTH", (2, 8))
+    config = budget.SpeedConfig(preset="tiny", repeats=1, out="plot.png")
+    slow = 2 * budget.flops(TINY.dit, 64, 8 * 16) / budget.PATIENCE             # as many tokens as fit the patience
+    rows = budget.measure_growth(config, TINY, DiT(TINY.dit), slow)
+    assert [[y is None for y in row] for row in rows] == [[False] * 5, [False] * 4 + [True]]
+    budget.write_growth(config, rows, "title")
+    assert Path("plot.csv").read_text().splitlines()[-1].endswith(",")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line: the user's mistakes are one line each, exit code 2, and leave no file
 
 
@@ -1745,6 +1898,13 @@ def test_eval_refuses_unknown_commands_and_flags(refused):
     assert "retrieval" in refused(evaluation.main, "retrievel")
     assert "--checkpoint" in refused(evaluation.main, "retrieval", "--chekpoint", "x")
     assert "missing.safetensors" in refused(evaluation.main, "retrieval", "--checkpoint", "missing.safetensors")
+    assert "wan-14b" in refused(evaluation.main, "budget", "--preset", "wan")
+    assert "--gpus 0" in refused(evaluation.main, "budget", "--gpus", 0)
+    assert "--memory_gb nan" in refused(evaluation.main, "budget", "--memory_gb", "nan")
+    assert "--rate 4x4x16" in refused(evaluation.main, "budget", "--rate", "4x4x16")
+    assert "--repeats 0" in refused(evaluation.main, "speed", "--repeats", 0)
+    assert ".png" in refused(evaluation.main, "speed", "--out", "plot.csv")
+    assert "CUDA" in refused(evaluation.main, "speed", "--preset", "wan-14b", "--device", "cpu")
 
 
 @pytest.mark.parametrize("script", [pretrain, finetune, sample])

@@ -1,0 +1,439 @@
+"""What it costs: predicted from shapes before anything is trained, and measured on this machine.
+
+    python eval.py budget --preset wan-14b --gpus 8     parameters, tokens, FLOPs, memory; no weights are allocated
+    python eval.py speed                                the DiT beside diffusers' and plain matrix products; φ; sections
+
+Letters as in model.py: N noisy tokens, M memory tokens, D width. A multiply-add is 2 FLOPs, a GiB 2^30 bytes.
+"""
+import copy
+import csv
+import importlib.util
+import math
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from data import DCTCodec, parse_flags
+from encoder import MemoryDiT, MemoryEncoder, parse_rate
+from model import PRESETS, UserError, autocast, get_preset, pick_device, product_dtype, wan_name
+from pretrain import PretrainConfig
+from sample import SampleConfig
+from video import whole_file
+
+STRIDES = {"dct": DCTCodec.stride, "wan": (4, 8, 8)}        # pixels a latent: frames, rows, columns
+STEPS = {"dct": SampleConfig.steps, "wan": 50}              # of the sampler, each twice for guidance
+RATES = ("4x4x2", "2x2x2", "2x2x4", "2x2x1")                # the paper's
+LORA_RANK = 128
+# GiB, the only figures that are estimated, not counted: a CUDA context with its libraries and fragmentation, and the
+# Wan VAE with its activations while it decodes 480p
+CONTEXT, VAE = 1.0, 4.0
+GROWTH = (2, 4, 8, 16, 20, 40, 80)                          # seconds of history that `speed` times
+PATIENCE = 60                                               # seconds; what would take longer is skipped
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Counting
+
+
+def frame_tokens(preset, size, h=1, w=1):
+    """Tokens of a latent frame of size (height, width) pixels, each h x w of the DiT's; padded up."""
+    return math.prod(-(-n // (s * p * r)) for n, s, p, r in
+                     zip(size, STRIDES[preset.codec][1:], preset.dit.patch[1:], (h, w)))
+
+
+def memory_tokens(preset, size, rate, latents):
+    """φ's tokens for so many latents of history: a causal codec's lone first one, whole segments at the rate, and the
+    frames of an unfinished segment uncompressed."""
+    t, h, w = parse_rate(rate)
+    lone = min(latents, int(preset.codec == "wan"))
+    waiting = (latents - lone) % preset.section
+    compressed = lone + (latents - lone - waiting) // t
+    return compressed * frame_tokens(preset, size, h, w) + waiting * frame_tokens(preset, size)
+
+
+def paper_tokens(size=(480, 832), latents=120, rate="4x4x2"):
+    """The paper's nominal count, which rounds down: 60x104 latents / 8 -> 7x13, for 60 pairs of frames."""
+    t, h, w = parse_rate(rate)
+    return latents // t * (size[0] // (16 * h)) * (size[1] // (16 * w))
+
+
+def lora_parameters(c, rank=LORA_RANK):
+    """LoRA on q, k, v, o of both attentions and on both layers of the feed-forward, in every block."""
+    return c.layers * rank * (8 * (c.dim + c.dim) + 2 * (c.dim + c.ffn_dim))
+
+
+def flops(c, tokens, memory=0):
+    """FLOPs of a DiT forward, one sample: `tokens` noisy ones and `memory` clean ones before them, which skip the patch
+    embedding and the head. The time embedding runs for both timesteps (Wan has one). Elementwise work is left out."""
+    N, D, T = tokens + memory, c.dim, c.text_len
+    # q, k, v, o and cross q, o; self-attention's products; cross k, v; cross-attention's products; feed-forward
+    block = 12 * N * D**2 + 4 * N**2 * D + 4 * T * D**2 + 4 * N * T * D + 4 * N * D * c.ffn_dim
+    ends = 2 * tokens * math.prod(c.patch) * (c.in_dim + c.out_dim) * D
+    return c.layers * block + ends + 2 * T * (c.text_dim * D + D**2) + 2 * 2 * (c.freq_dim * D + 7 * D**2)
+
+
+def random_history(preset, rate, latents, device, start=0):
+    """Random (hr, lr) for the memory encoder, of the default size: (1, C, F, H, W) and what the rate leaves of it."""
+    t, h, w = parse_rate(rate)
+    lone = int(preset.codec == "wan" and start == 0)
+    rows, columns = (n // s for n, s in zip(preset.sizes[0], STRIDES[preset.codec][1:]))
+    shape = lone + (latents - lone) // t, -(-rows // h), -(-columns // w)
+    return [torch.randn(1, preset.dit.in_dim, *s, device=device) for s in ((latents, rows, columns), shape)]
+
+
+def encoder_cost(encoder, preset, rate, latents, start=0):
+    """Of φ on the meta device: FLOPs of its forward, and bytes that it keeps for its backward (in float32; autocast
+    keeps less)."""
+    held = {}       # by storage, so that views are counted once
+
+    def keep(x):
+        held[x.untyped_storage()._cdata] = x
+        return x
+
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        encoder(*random_history(preset, rate, latents, "meta", start), start)
+    for p in encoder.parameters():
+        held.pop(p.untyped_storage()._cdata, None)
+    return counter.get_total_flops(), sum(x.untyped_storage().nbytes() for x in held.values())
+
+
+def block_bytes(c, tokens, lora):
+    """What a block keeps for its backward under bf16 autocast with a flash kernel, one sample.
+
+    (N, D) float32: x at three places; q, k, cross q before RMSNorm; unless base weights are frozen, the three after it
+    and two layer norms too. (N, D) bf16: inputs of q, k, v, o, cross q, cross o, ffn.0; rotated q and k, v, cross q,
+    an attention's output; unless frozen, two gated outputs too. (N, F) bf16: before and after GELU.
+    """
+    float32, bf16 = (6, 12) if lora else (11, 14)
+    return tokens * (c.dim * (4 * float32 + 2 * bf16) + c.ffn_dim * 2 * 2)
+
+
+def training_memory(c, frozen, trained, tokens, gpus, encoder_bytes):
+    """Bytes on each GPU: ({what: bytes} at any batch, {what: bytes} a sample). DDP has all weights on every GPU. Above
+    a frozen base, activation checkpointing keeps only the stream between blocks."""
+    fixed = {"base DiT, frozen, bf16": 2 * frozen, "trained weights, float32": 4 * trained, "gradients": 4 * trained,
+             "AdamW, two moments": 8 * trained, "average of weights (EMA)": 4 * trained,
+             "DDP's gradient buckets": 4 * trained * (gpus > 1), "CUDA context (estimate)": CONTEXT * 2**30}
+    block = block_bytes(c, tokens, lora=frozen > 0)
+    sample = {"stream between blocks, float32": 4 * tokens * c.dim * c.layers * (frozen > 0),
+              "inside one block, recomputed" if frozen else "inside all blocks": block * (1 if frozen else c.layers),
+              "gradients of stream and GELU": tokens * (6 * c.dim + 4 * c.ffn_dim), "φ, float32": encoder_bytes}
+    return fixed, sample
+
+
+def sampling_memory(c, weights, tokens, vae):
+    """{what: bytes} at batch 1. Largest inside a block is attention (x and its norm in float32; q, k, v in bf16; one
+    rotated in float32: 26 D) or the feed-forward (x, its norm; before and after GELU in bf16)."""
+    return {"weights, bf16": 2 * weights, "inside one block": tokens * max(26 * c.dim, 8 * c.dim + 4 * c.ffn_dim),
+            "CUDA context (estimate)": CONTEXT * 2**30, "VAE, decoding (estimate)": VAE * 2**30 * vae}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python eval.py budget
+
+
+@dataclass
+class BudgetConfig:
+    preset: str = "wan-14b"       # nano, small, wan-1.3b, wan-14b
+    rate: str = "4x4x2"           # compression on the DiT's token grid, rows x columns x frames
+    gpus: int = 8                 # GPUs to train on
+    memory_gb: float = 80.0       # memory of each, GiB
+
+
+def table(title, rows):
+    """Print rows of strings in columns, the first to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    print(f"\n{title}")
+    for first, *rest in rows:
+        print("  ".join(["", first.ljust(widths[0]), *(x.rjust(n) for x, n in zip(rest, widths[1:]))]).rstrip())
+
+
+def short(n):
+    """FLOPs in three digits: 95.3 TFLOP."""
+    k = min(6, int(math.log10(n)) // 3)
+    return f"{n / 1000**k:.3g} {' kMGTPE'[k]}FLOP"
+
+
+def gib(values):
+    return [f"{n / 2**30:.3g}" for n in values]
+
+
+def print_tokens(preset):
+    latents, a_second = preset.history, preset.fps / STRIDES[preset.codec][0]
+    frame = lambda *rate: [frame_tokens(preset, size, *rate) for size in preset.sizes]
+    pairs = lambda seconds, totals: [x for pair in zip(seconds, totals) for x in pair]
+    rows = [["", *pairs([f"{h}x{w}: 1 s" for h, w in preset.sizes], [f"{latents} latents"] * len(preset.sizes))]]
+    for rate in RATES:
+        t, h, w = parse_rate(rate)
+        rows.append([rate, *pairs([f"{n * a_second / t:,g}" for n in frame(h, w)],
+                                  [f"{memory_tokens(preset, size, rate, latents):,}" for size in preset.sizes])])
+    for name, n in ("sliding-window, 1 latent", 1), ("sliding-window, 8 latents", 8), ("keyframes", 2):
+        rows.append([name, *pairs([""] * len(preset.sizes), [f"{n * m:,}" for m in frame()])])
+    rows.append(["full", *pairs([f"{m * a_second:,g}" for m in frame()], [f"{latents * m:,}" for m in frame()])])
+    table("tokens of history; large-patchifier and token-merging have as many at a rate as proposed", rows)
+    print(f"  The paper prints {paper_tokens():,} for 120 latents of 480x832 at 4x4x2: it rounds down. Padded up, "
+          f"121 are {memory_tokens(PRESETS['wan-14b'], (480, 832), '4x4x2', 121):,}.")
+
+
+def print_flops(preset, encoder, rate, N, M, factor):
+    """N: noisy tokens of each stage; factor: a training step's cost in forwards."""
+    c, steps, first = preset.dit, STEPS[preset.codec], int(preset.codec == "wan")
+    phi, section = (encoder_cost(encoder, preset, rate, *x)[0] for x in ((preset.history,), (preset.section, first)))
+    forward = [flops(c, n, M) for n in N]
+    full = preset.history * frame_tokens(preset, preset.sizes[0])
+    table("FLOPs of a sample", [
+        ["", f"stage 1: {PretrainConfig.queries} query latents", f"stage 2: a section of {preset.section}"],
+        ["noisy + memory tokens", *(f"{n:,} + {M:,}" for n in N)], ["DiT forward", *map(short, forward)],
+        [f"φ forward, {preset.history} latents", *[short(phi)] * 2],
+        [f"training step, x {factor}", *(short(factor * (f + phi)) for f in forward)]])
+    if factor == 4:
+        print("  x 4: recomputed in the backward; an upper bound, as frozen weights need no gradients.")
+    table(f"FLOPs of a generated section: {steps} steps x 2 for guidance", [
+        ["memory", "tokens", "DiT", "φ of the section"],
+        [rate, f"{M:,}", short(2 * steps * forward[1]), short(section)],
+        ["full, uncompressed", f"{full:,}", short(2 * steps * flops(c, N[1], full)), "–"]])
+
+
+def print_memory(config, preset, encoder, frozen, trained, tokens):
+    """tokens: N + M of each stage."""
+    _, kept = encoder_cost(encoder, preset, config.rate, preset.history)
+    plans = [training_memory(preset.dit, frozen, trained, n, config.gpus, kept) for n in tokens]
+    fixed, samples = plans[0][0], [sample for _, sample in plans]
+    batch = [max(0, int((config.memory_gb * 2**30 - sum(fixed.values())) // sum(s.values()))) for s in samples]
+    table(f"training memory of each of {config.gpus} GPUs, GiB", [
+        ["", "stage 1", "stage 2"], *([k, *gib([v] * 2)] for k, v in fixed.items() if v),
+        ["= at any batch", *gib([sum(fixed.values())] * 2)],
+        *([f"a sample: {k}", *gib(s[k] for s in samples)] for k, v in samples[0].items() if v),
+        ["= a sample", *gib(sum(s.values()) for s in samples)],
+        [f"largest batch in {config.memory_gb:g} GiB", *(str(n or "does not fit") for n in batch)],
+        [f"on {config.gpus} GPUs", *(str(n * config.gpus) for n in batch)]])
+    print("  DDP splits the batch, not the weights. Muon keeps one moment of a matrix, half of AdamW's two.")
+
+
+def budget(argv):
+    """Predict parameters, tokens, FLOPs and memory of a preset from shapes alone; no weights are allocated."""
+    config = parse_flags(BudgetConfig, budget.__doc__, argv)
+    preset = get_preset(config.preset)
+    if config.gpus < 1 or not 0 < config.memory_gb < math.inf:
+        raise UserError(f"--gpus {config.gpus} --memory_gb {config.memory_gb}: give at least 1 GPU and memory above 0")
+    with torch.device("meta"):
+        model = MemoryDiT(config.preset, "proposed", config.rate)
+    dit, phi = (sum(p.numel() for p in m.parameters()) for m in (model.dit, model.encoder))
+    wan = preset.codec == "wan"             # Wan's DiT is frozen and has a LoRA; any other is trained
+    lora = lora_parameters(preset.dit) if wan else 0
+    frozen, trained = (dit, lora + phi) if wan else (0, dit + phi)
+    print(f"{config.preset} at {config.rate}: predictions from shapes, not measurements; GPUs with bf16; "
+          f"{preset.sizes[0][0]}x{preset.sizes[0][1]} where no size is named")
+    counts = {"DiT": dit, "memory encoder φ": phi, f"LoRA, rank {LORA_RANK}": lora, "all": dit + phi + lora,
+              "trained": trained}
+    table("parameters", [[k, f"{v:,}"] for k, v in counts.items() if v])
+    print_tokens(preset)
+    N = [n * frame_tokens(preset, preset.sizes[0]) for n in (PretrainConfig.queries, preset.section)]
+    M = memory_tokens(preset, preset.sizes[0], config.rate, preset.history)
+    print_flops(preset, model.encoder, config.rate, N, M, factor=4 if wan else 3)
+    print_memory(config, preset, model.encoder, frozen, trained, [n + M for n in N])
+    needs = sampling_memory(preset.dit, dit + phi, N[1] + M, wan)
+    total = sum(needs.values())
+    table("sampling memory, GiB: batch 1, LoRA merged, prompts encoded before", [
+        *([k, *gib([v])] for k, v in needs.items() if v), ["= in all", *gib([total])],
+        ["= before decoding", *gib([total - needs["VAE, decoding (estimate)"]])],
+        ["fits 12 GiB", "yes" if total <= 12 * 2**30 else "no"]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python eval.py speed
+
+
+@dataclass
+class SpeedConfig:
+    preset: str = "nano"          # nano or small; with a GPU also wan-1.3b, wan-14b
+    rate: str = "4x4x2"           # compression on the DiT's token grid, rows x columns x frames
+    batch: int = 1                # sections at once, where the DiT is timed alone
+    repeats: int = 5              # rounds; medians are shown
+    device: str = "auto"          # auto, cpu, cuda, mps
+    out: str = "out/speed.png"    # plot of seconds a section; its figures go beside it as .csv
+
+
+def alternate(jobs, repeats, device):
+    """{name: seconds in each round}. A round runs every job once, so that all meet the same machine; the first round is
+    not counted."""
+    wait = getattr(torch, device.type).synchronize
+    times = {name: [] for name in jobs}
+    for _ in range(repeats + 1):
+        for name, job in jobs.items():
+            wait()
+            started = time.perf_counter()
+            job()
+            wait()
+            times[name].append(time.perf_counter() - started)
+    return {name: seconds[1:] for name, seconds in times.items()}
+
+
+def ratio(a, b):
+    """Median over the rounds of a / b."""
+    return median(x / y for x, y in zip(a, b))
+
+
+def diffusers_dit(dit):
+    """diffusers' WanTransformer3DModel with the weights of `dit`, or None where diffusers is not installed."""
+    try:
+        from diffusers import WanTransformer3DModel
+    except ImportError:
+        return None
+    c, weights = dit.config, dit.state_dict()
+    theirs = WanTransformer3DModel(
+        patch_size=c.patch, num_attention_heads=c.heads, attention_head_dim=c.dim // c.heads, in_channels=c.in_dim,
+        out_channels=c.out_dim, text_dim=c.text_dim, freq_dim=c.freq_dim, ffn_dim=c.ffn_dim, num_layers=c.layers,
+        cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=c.eps, rope_max_seq_len=1024)
+    theirs.load_state_dict({name: weights[wan_name(name)] for name in theirs.state_dict()})
+    return theirs.to(dit.head.head.weight)
+
+
+def dit_jobs(nets, x, t, text):
+    """{name: job}: forward, and forward + backward, of each of nets {name: module}."""
+    def forward(net):
+        y = net(x, t, text)
+        return y if torch.is_tensor(y) else y[0]        # diffusers wraps it
+
+    def both(net):
+        forward(net).float().square().mean().backward()
+        net.zero_grad()
+
+    return ({name: lambda net=net: torch.no_grad()(forward)(net) for name, net in nets.items()}
+            | {f"{name}, with backward": lambda net=net: both(net) for name, net in nets.items()})
+
+
+def measure_dit(config, preset, model, dtype):
+    """Print how fast the DiT and φ are. Returns the rate of plain matrix products, FLOP/s."""
+    device, c = next(model.parameters()).device, preset.dit
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    hr, lr = random_history(preset, config.rate, preset.history, device)
+    x = hr[:, :, :preset.section].repeat(config.batch, 1, 1, 1, 1)
+    t = torch.full((config.batch,), 500.0, device=device)
+    text = torch.randn(config.batch, c.text_len, c.text_dim, device=device)
+    nets, theirs = {"DiT": model.dit}, diffusers_dit(model.dit)
+    if theirs:
+        nets["diffusers"] = theirs
+    if device.type == "cuda":
+        nets["compiled"] = copy.deepcopy(model.dit)
+        for block in nets["compiled"].blocks:
+            block.compile()
+    jobs = dit_jobs(nets, x, t, text)
+    if theirs:
+        print(f"largest difference from diffusers' output: {(jobs['DiT']() - jobs['diffusers']()).abs().max():.1e}")
+    else:
+        print("diffusers: n/a (pip install diffusers)")
+    jobs["φ of the history"] = torch.no_grad()(lambda: model.encoder(hr, lr))
+    jobs["matrix product"] = lambda: a @ b
+    peaks = {}
+    for name, job in jobs.items() if device.type == "cuda" else ():
+        torch.cuda.reset_peak_memory_stats()
+        job()
+        peaks[name] = gib([torch.cuda.max_memory_allocated()])
+    times = alternate(jobs, config.repeats, device)
+    tokens = preset.section * frame_tokens(preset, preset.sizes[0])
+    table(f"{config.batch} x {tokens:,} noisy tokens, no memory; medians of {config.repeats} rounds, in turns", [
+        ["", "ms", *["peak GiB"] * bool(peaks)],
+        *([k, f"{1000 * median(v):,.2f}", *peaks.get(k, [])] for k, v in times.items())])
+    train, product = times["DiT, with backward"], times["matrix product"]
+    for name in list(nets)[1:]:
+        print(f"  DiT's time / {name}: forward {ratio(times['DiT'], times[name]):.2f}, with backward "
+              f"{ratio(train, times[f'{name}, with backward']):.2f}")
+    share = 3 * config.batch * flops(c, tokens) / (2 * n**3) * ratio(product, train)
+    print(f"  matrix product {n} x {n}: {short(2 * n**3 / median(product))}/s; the DiT with its backward reaches "
+          f"{100 * share:.0f} % of that")
+    print(f"  φ of {preset.history} latents takes {ratio(times['φ of the history'], times['DiT']):.2f} forwards")
+    return 2 * n**3 / median(product)
+
+
+@torch.no_grad()
+def measure_growth(config, preset, dit, rate):
+    """Seconds a section after 2 to 80 s of history, compressed or not: one forward with that many memory tokens (random
+    ones at their real positions) is timed, times the sampler's steps, times 2 for guidance; φ and the codec are left
+    out. Returns rows of (seconds, tokens, seconds a section, tokens uncompressed, seconds a section uncompressed), with
+    None for what would take too long or too much memory."""
+    device, c, frame = next(dit.parameters()).device, preset.dit, frame_tokens(preset, preset.sizes[0])
+    encoder, calls = MemoryEncoder("only-lr", config.rate, config.preset).to(device), 2 * STEPS[preset.codec]
+    text, t = torch.randn(1, c.text_len, c.text_dim, device=device), torch.full((1,), 500.0, device=device)
+    rows = []
+    for seconds in tqdm(GROWTH, desc="seconds of history"):
+        segments = max(1, round(seconds * preset.fps / STRIDES[preset.codec][0] / preset.section))
+        latents = int(preset.codec == "wan") + segments * preset.section
+        tokens = [memory_tokens(preset, preset.sizes[0], config.rate, latents), latents * frame]
+        needs = [(config.repeats + 1) * flops(c, preset.section * frame, n) / rate for n in tokens]
+        hr, lr = random_history(preset, config.rate, latents, device)
+        x, frames = hr[:, :, :preset.section], latents + torch.arange(preset.section, device=device)
+        embed = lambda: encoder(hr, lr), lambda: encoder.embed_frames(hr, 0)
+        memory = {i: embed[i]() for i in (0, 1) if needs[i] <= PATIENCE}
+        jobs = {i: lambda i=i: dit(x, t, text, frames, memory[i]) for i in memory}
+        try:
+            times = alternate(jobs, config.repeats, device)
+        except torch.OutOfMemoryError:      # of the uncompressed history
+            times = alternate({0: jobs[0]}, config.repeats, device)
+        for i in {0, 1} - set(times):
+            tqdm.write(f"skipped: {seconds} s of history as {tokens[i]:,} tokens, too much memory or time "
+                       f"(at least {needs[i]:,.0f} s)")
+        spent = [calls * median(times[i]) if i in times else None for i in (0, 1)]
+        rows.append((seconds, tokens[0], spent[0], tokens[1], spent[1]))
+    return rows
+
+
+def write_growth(config, rows, title):
+    """Table, CSV and plot of measure_growth()'s rows."""
+    from matplotlib.figure import Figure
+    head = ("history_seconds", "tokens", "section_seconds", "tokens_uncompressed", "section_seconds_uncompressed")
+    table(f"seconds a section: {title}", [
+        ["history, s", "tokens", "s", "uncompressed", "s", "times slower"],
+        *([str(s), f"{m:,}", a and f"{a:,.2f}" or "–", f"{n:,}", b and f"{b:,.2f}" or "–",
+           a and b and f"{b / a:.1f}" or "–"] for s, m, a, n, b in rows)])
+    out = Path(config.out)
+    with whole_file(out.with_suffix(".csv")) as path, path.open("w", newline="") as f:
+        csv.writer(f).writerows([head, *rows])
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for column, label in (4, "uncompressed"), (2, f"compressed, {config.rate}"):
+        some = [row for row in rows if row[column]]
+        axes.plot([row[0] for row in some], [row[column] for row in some], "o-", label=label)
+    axes.set(xlabel="seconds of history", ylabel="seconds a section", yscale="log", title=title)
+    axes.legend()
+    with whole_file(out) as path:
+        figure.savefig(path, dpi=150)
+    print(f"wrote {out} and {out.with_suffix('.csv')}")
+
+
+def speed(argv):
+    """Time the DiT beside diffusers' and plain matrix products, φ, and a section as the history grows (a plot)."""
+    config = parse_flags(SpeedConfig, speed.__doc__, argv)
+    preset, device = get_preset(config.preset), pick_device(config.device)
+    if config.repeats < 1 or config.batch < 1:
+        raise UserError(f"--repeats {config.repeats} --batch {config.batch}: must be at least 1")
+    if Path(config.out).suffix != ".png":
+        raise UserError(f"--out {config.out}: give a name that ends in .png")
+    if device.type != "cuda" and flops(preset.dit, preset.section * frame_tokens(preset, preset.sizes[0])) > 1e13:
+        raise UserError(f"--preset {config.preset} is too large to time on {device}, it needs CUDA; give --preset nano")
+    if not importlib.util.find_spec("matplotlib"):
+        raise UserError("the plot needs matplotlib, which is not installed: pip install matplotlib")
+    dtype = product_dtype(device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    title = f"{config.preset} on {name}, {str(dtype).removeprefix('torch.')}"
+    print(f"{title}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    torch.manual_seed(0)
+    with device:
+        model = MemoryDiT(config.preset, "proposed", config.rate)
+        torch.nn.init.normal_(model.dit.head.head.weight, std=0.02)         # it starts at zero, which would hide errors
+    if preset.codec == "wan" and device.type == "cuda":
+        model.to(dtype)                     # as it is kept when it is sampled from or has a LoRA
+    try:
+        with autocast(device):
+            rate = measure_dit(config, preset, model, dtype)
+            rows = measure_growth(config, preset, model.dit, rate)
+    except torch.OutOfMemoryError:
+        raise UserError(f"--preset {config.preset} --batch {config.batch} does not fit the memory of {name}: "
+                        "give a smaller one") from None
+    write_growth(config, rows, f"{title}: {STEPS[preset.codec]} steps, guidance")
