@@ -3,6 +3,8 @@
     python eval.py retrieval --checkpoint runs/pretrain/model.safetensors               held-out stories
     python eval.py retrieval --checkpoint runs/pretrain/model.safetensors --history clip.mp4    frames of one's own clip
     python eval.py continuation --checkpoint runs/finetune/model.safetensors            held-out stories
+    python eval.py judge --videos a.mp4 --endpoint URL --model NAME     ask a vision-language model (judge.py)
+    python eval.py elo votes.csv                                        ratings from votes between pairs (judge.py)
 
 Every figure is printed with what produced it: checkpoint, step, seed, clips, sampler.
 """
@@ -15,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import judge
 from data import (Clip, Clips, make_codec, make_prompts, nearest_size, parse_flags, psnr, run_main, to_frames,
                   to_pixels, world_clips)
 from encoder import load_model
@@ -171,7 +174,7 @@ def continuation(argv):
     report(reconstruct(model, tools, draw, len(clips), config), trained, config, "with prompts")
 
 
-COMMANDS = {"retrieval": retrieval, "continuation": continuation}
+COMMANDS = {"retrieval": retrieval, "continuation": continuation, "judge": judge.judge, "elo": judge.elo}
 
 
 def main():
