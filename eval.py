@@ -5,6 +5,8 @@
     python eval.py continuation --checkpoint runs/finetune/model.safetensors            held-out stories
     python eval.py budget --preset wan-14b         parameters, tokens, FLOPs and memory of a preset, predicted
     python eval.py speed                           this machine, timed
+    python eval.py judge --videos a.mp4 --endpoint URL --model NAME     ask a vision-language model (judge.py)
+    python eval.py elo votes.csv                                        ratings from votes between pairs (judge.py)
 
 Every figure is printed with what produced it: checkpoint, step, seed, clips, sampler.
 """
@@ -18,6 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import budget
+import judge
 from data import (Clip, Clips, make_codec, make_prompts, nearest_size, parse_flags, psnr, run_main, to_frames,
                   to_pixels, world_clips)
 from encoder import load_model
@@ -174,7 +177,8 @@ def continuation(argv):
     report(reconstruct(model, tools, draw, len(clips), config), trained, config, "with prompts")
 
 
-COMMANDS = {"retrieval": retrieval, "continuation": continuation, "budget": budget.budget, "speed": budget.speed}
+COMMANDS = {"retrieval": retrieval, "continuation": continuation, "budget": budget.budget, "speed": budget.speed,
+            "judge": judge.judge, "elo": judge.elo}
 
 
 def main():

@@ -3,16 +3,23 @@
 Data is tiny, seeded and made here. What needs the official Wan fixtures (../shared/fixtures) or the shipped weights
 (checkpoints/) is skipped where they are not.
 """
+import base64
+import contextlib
 import dataclasses
 import importlib.util
+import hashlib
+import http.server
+import io
 import itertools
 import json
 import math
 import os
 import signal
+import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -32,6 +39,7 @@ import data
 import encoder
 import eval as evaluation
 import finetune
+import judge
 import model
 import pretrain
 import sample
@@ -1796,6 +1804,244 @@ def test_speed_skips_what_takes_too_long(capsys, monkeypatch):
     assert [[y is None for y in row] for row in rows] == [[False] * 5, [False] * 4 + [True]]
     budget.write_growth(config, rows, "title")
     assert Path("plot.csv").read_text().splitlines()[-1].endswith(",")
+# judge.py
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A chat server that plays the model: server.plan(question, asked) gives its words, an HTTP status, or seconds to
+    hang. server.asked: (question, message content, headers) of all requests."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            content = body["messages"][0]["content"]
+            asked.append((content[-1]["text"], content, self.headers))
+            plan = play.plan(content[-1]["text"], len(asked))
+            if isinstance(plan, float):
+                time.sleep(plan)
+            status = plan if isinstance(plan, int) else 200
+            said = {"choices": [{"message": {"content": plan}}], "headers": self.headers.as_string()}
+            with contextlib.suppress(OSError):              # the judge has hung up
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(json.dumps(said).encode())
+
+        def log_message(self, *_):
+            pass
+
+    asked = []
+    monkeypatch.setattr(judge, "BACKOFF", 0.01)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=listener.serve_forever, args=(0.01,))
+    thread.start()
+    play = SimpleNamespace(url=f"http://127.0.0.1:{listener.server_port}/v1", asked=asked, plan=lambda *_: "Yes.")
+    yield play
+    listener.shutdown()
+    listener.server_close()
+    thread.join()
+
+
+def judge_flags(server, *videos):
+    return ["judge", "--videos", *videos, "--endpoint", server.url, "--model", "m", "--history_seconds", 3,
+            "--frames", 3, "--retries", 1, "--timeout", 5]
+
+
+def judged(said):
+    """{dimension: [score, judged, gated out, failed]} of the printed table."""
+    return {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.split()[:1][0] in judge.DIMENSIONS}
+
+
+def test_judge_sends_pictures_of_both_parts(server):
+    with VideoWriter("a.mp4", 2, 16, 24) as w:
+        w.write(greys(12))                                  # levels 0 to 5 in 3 s of history, then 6 to 11
+    run(evaluation.main, *judge_flags(server, "a.mp4"))
+    assert len(server.asked) == 16 and len({question for question, *_ in server.asked}) == 16
+    for _, content, headers in server.asked:
+        kinds = [piece["type"] for piece in content]
+        assert kinds == ["text", *["image_url"] * 3, "text", *["image_url"] * 3, "text"]
+        assert "0 s to 3 s" in content[0]["text"] and "3 s to 6 s" in content[4]["text"]
+        assert "Authorization" not in headers
+    head, *jpegs = [piece["image_url"]["url"].split(",") for piece in content if piece["type"] == "image_url"]
+    assert head[0] == "data:image/jpeg;base64"
+    pictures = [np.array(Image.open(io.BytesIO(base64.b64decode(data)))) for _, data in (head, *jpegs)]
+    assert all(p.shape == (341, 512, 3) for p in pictures)
+    assert [round(p.mean() / 20) for p in pictures] == [1, 3, 5, 7, 9, 11]     # the middle of each second
+
+
+def test_judge_counts_and_goes_on(server, capsys, monkeypatch):
+    """Two videos; every kind of answer; a second run asks only what has had no answer."""
+    for name, seed in ("a.mp4", 0), ("b.mp4", 5):
+        write_video(name, 12, seed)
+
+    def plan(question, asked):
+        if asked == 1:
+            return 429                                      # once: the first question is asked again
+        for word, answer in (("clothing", "No"), ("layout", "**No**, it moved."), ("plausible", "Yes and no."),
+                             ("an object", "Yes" if asked < 15 else "I'm sorry, but I can't help with that."),
+                             ("a character (", "Yes" if asked < 15 else hang)):
+            if word in question:
+                return answer
+        return "yes"
+    hang, server.plan = 3.0, plan
+    monkeypatch.setenv("SECRET", "sk-12345")
+    flags = [*judge_flags(server, "a.mp4", "b.mp4"), "--timeout", 0.6, "--key_env", "SECRET"]
+    run(evaluation.main, *flags)
+    said = capsys.readouterr().out
+    assert judged(said) == {"character": ["100.0", "1", "0", "1"], "cloth": ["–", "0", "2", "0"],
+                            "object": ["–", "0", "0", "2"], "scene": ["66.7", "2", "0", "0"]}, said
+    assert "1 refusal" in said and "1 unparsable" in said and "1 timeout" in said
+    # a: 4 gates, cloth out, 3 x 3 and a retry; b: 4 gates, one with a retry, 3 of the scene
+    assert len(server.asked) == 14 + 8 and server.asked[0][0] == server.asked[1][0]
+    assert all(headers["Authorization"] == "Bearer sk-12345" for *_, headers in server.asked)
+
+    lines = [json.loads(line) for line in Path("out/judge.jsonl").read_text().splitlines()]
+    assert len(lines) == 13 + 7 and "sk-12345" not in Path("out/judge.jsonl").read_text() + said
+    assert {x["video"] for x in lines} == {"a.mp4", "b.mp4"} and {x["model"] for x in lines} == {"m"}
+    assert lines[0]["sha256"] == hashlib.sha256(Path("a.mp4").read_bytes()).hexdigest()
+    assert all(x["date"].startswith("20") and "History" in x["prompt"] and "yes or no" in x["prompt"] for x in lines)
+
+    with open("out/judge.jsonl", "a") as f:
+        f.write('{"video": "b.mp4", "sha')                  # stopped while it wrote
+    del server.asked[:]
+    server.plan = lambda *_: "No."
+    run(evaluation.main, *flags)                            # the gate that hung is all that is asked again
+    assert len(server.asked) == 1 and judged(capsys.readouterr().out)["character"] == ["100.0", "1", "1", "0"]
+    run(evaluation.main, *flags)
+    assert len(server.asked) == 1 and len(Path("out/judge.jsonl").read_text().splitlines()) == 21
+    run(evaluation.main, *flags, "--model", "other")        # other questions: another model, another sampling
+    assert len(server.asked) == 1 + 8
+    run(evaluation.main, *flags, "--frames", 2)
+    assert len(server.asked) == 1 + 16
+
+
+def test_judge_takes_only_clear_answers():
+    for kind, texts in {"yes": ("yes", "Yes.", " **Yes**\nBoth are red.", "YES, it is", '"Yes"', "yes - the same",
+                                "<think>No.\nWait.</think>\n\nYes"),
+                        "no": ("no", "No!", "*no*: it differs", "No\n"),
+                        "refusal": ("I'm sorry, I can't say.", "I cannot judge people.", "Sorry, no."),
+                        "unparsable": ("", "maybe", "Yes and no.", "yes/no", "No idea", "Not at all", "Yes, no",
+                                       "Yes or no?", "Yes.\nNo.", "Answer: yes", "None", "<think>yes")}.items():
+        for text in texts:
+            assert judge.parse_answer(text) == kind, text
+    reply = lambda **choice: judge.read_reply(json.dumps({"choices": [choice]}).encode())
+    assert reply(message={"content": None, "refusal": "no"})[0] == "refusal"
+    assert reply(message={"content": "yes"}, finish_reason="content_filter")[0] == "refusal"
+    assert reply(message={"content": None})[0] == "unparsable"
+    assert {judge.read_reply(x)[0] for x in (b"<html>", b"[]", b'{"choices": []}', b"\xff")} == {"error"}
+
+
+def test_judge_refuses(server, refused, monkeypatch):
+    write_video("a.mp4", 12)
+    Path("notes.txt").write_text("one line")
+    flags = judge_flags(server, "a.mp4")
+    monkeypatch.setenv("EMPTY", "")
+    monkeypatch.setenv("SECRET", "sk-12345")
+    assert "--videos" in refused(evaluation.main, "judge", "--endpoint", server.url, "--model", "m")
+    assert "--model" in refused(evaluation.main, *flags, "--model", "")
+    assert "a.mp4 lasts 6 s" in refused(evaluation.main, *flags, "--history_seconds", 6)
+    assert "b.mp4" in refused(evaluation.main, *judge_flags(server, "a.mp4", "b.mp4"))
+    assert "notes.txt" in refused(evaluation.main, *flags, "--out", "notes.txt")
+    assert Path("notes.txt").read_text() == "one line"
+    for flag, value in ("--frames", 0), ("--retries", -1), ("--timeout", 0), ("--history_seconds", "nan"):
+        assert flag in refused(evaluation.main, *flags, flag, value)
+    for address in "", "localhost:8000", "file:///etc/passwd", "http://me:pass@host/v1", "http://host/v1?key=1":
+        assert "--endpoint" in refused(evaluation.main, *flags, f"--endpoint={address}")
+    for name in "EMPTY", "sk-12345":
+        assert "sk-12345" not in refused(evaluation.main, *flags, "--key_env", name)
+    assert not server.asked
+
+
+def test_judge_stops_where_every_question_would_fail(server, capsys, monkeypatch):
+    def stopped(*flags):
+        with pytest.raises(SystemExit) as stop:
+            run(evaluation.main, *judge_flags(server, "a.mp4"), *flags)
+        assert stop.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+    write_video("a.mp4", 12)
+    monkeypatch.setenv("SECRET", "sk-12345")
+    server.plan = lambda *_: 401
+    said = stopped("--key_env", "SECRET")                   # the server repeats the key
+    assert "HTTP 401" in said and "[key]" in said and "sk-12345" not in said and len(server.asked) == 1
+    with socket.socket() as s:                              # a port where nobody listens
+        s.bind(("127.0.0.1", 0))
+        assert "cannot be reached" in stopped("--endpoint", f"http://127.0.0.1:{s.getsockname()[1]}")
+    assert Path("out/judge.jsonl").read_text() == ""
+
+
+def write_votes(rows, path="votes.csv"):
+    Path(path).write_text("".join(",".join(row) + "\n" for row in [("a", "b", "winner"), *rows]))
+
+
+def elo_table(capsys, *flags):
+    """({method: [rating, low, high, votes]}, what was printed)."""
+    run(evaluation.main, "elo", "votes.csv", "--out", "elo.md", *flags)
+    rows = [line.split(",") for line in Path("elo.csv").read_text().splitlines()]
+    assert rows[0] == ["method", "rating", "low", "high", "votes"]
+    return {name: list(map(int, values)) for name, *values in rows[1:]}, capsys.readouterr().out
+
+
+def test_elo_recovers_known_ratings(capsys):
+    truth, rng, rows = {"a": 1050, "b": 1120, "c": 1230, "d": 1400}, np.random.default_rng(0), []
+    for _ in range(3000):
+        a, b = rng.choice(list(truth), 2, replace=False)
+        u, chance = rng.random(), 1 / (1 + 10**((truth[b] - truth[a]) / 400))
+        rows.append((a, b, a if u < chance else b))
+    write_votes(rows)
+    found, said = elo_table(capsys)
+    assert list(found) == ["d", "c", "b", "a"] and sum(x[3] for x in found.values()) == 6000
+    assert sum(x[0] for x in found.values()) / 4 == pytest.approx(1200, abs=1)
+    for name, (rating, low, high, _) in found.items():
+        assert abs(rating - truth[name]) < 25 and low <= truth[name] <= high and 15 < high - low < 60
+    assert "3000 votes" in said and "| d |" in said and said.startswith(Path("elo.md").read_text())
+    assert "infinite" not in said.lower()
+    write_votes([(b, a, winner) for a, b, winner in rows[::-1]])            # neither order matters
+    again, _ = elo_table(capsys)
+    assert all(again[name][0] == found[name][0] for name in truth)
+    assert elo_table(capsys)[0] == again                                    # seeded
+
+
+def test_elo_known_values_and_ties(capsys):
+    write_votes([("x", "y", "x")] * 10 + [("y", "x", "y")])
+    found, _ = elo_table(capsys)
+    assert (found["x"][0], found["y"][0]) == (1400, 1000)                  # odds of 10 to 1 are 400 points
+    write_votes([("x", "y", "tie")] * 5 + [("x", "y", "x"), ("x", "y", "y")])
+    found, _ = elo_table(capsys)
+    assert found["x"][0] == found["y"][0] == 1200 and found["x"][3] == 7
+    write_votes([("x", "y", "x")] * 3 + [("x", "y", "tie")] * 2)           # 4 to 1
+    found, _ = elo_table(capsys)
+    assert found["x"][0] - found["y"][0] == pytest.approx(400 * math.log10(4), abs=1)
+
+
+def test_elo_says_when_a_rating_is_infinite(capsys):
+    write_votes([("top", "x", "top")] * 3 + [("x", "y", "x"), ("x", "y", "y"), ("y", "low", "y")])
+    found, said = elo_table(capsys)
+    assert "top never lost; low never won" in said and "half a win and half a loss" in Path("elo.md").read_text()
+    assert 1200 < found["top"][0] < 1800 and list(found)[0] == "top" and list(found)[-1] == "low"
+    write_votes([("p", "q", "p"), ("p", "q", "q"), ("r", "s", "r"), ("r", "s", "s"), ("p", "r", "p")])
+    found, said = elo_table(capsys)                         # nobody is unbeaten, but p and q are by the others
+    assert "some methods never lost to any of the rest" in said and found["p"][0] > found["r"][0]
+    wins = np.array([[[0, 1.0], [0, 0]]])                   # σ(-θ) of the vote = 2 (σ(θ/2) - 1/2) of the prior, by hand
+    theta = judge.fit(wins)[0][0]
+    x = theta[0]
+    assert x == -theta[1] and 1 / (1 + math.exp(2 * x)) == pytest.approx(1 / (1 + math.exp(-x)) - 0.5)
+
+
+def test_elo_refuses(refused):
+    elo = [evaluation.main, "elo", "votes.csv"]
+    assert "votes.csv" in refused(*elo)
+    Path("votes.csv").write_text("a,b,won\nx,y,x\n")
+    assert "no column winner" in refused(*elo)
+    Path("votes.csv").write_bytes(b"a,b,winner\nx,\xff\xfe,x\n")
+    assert "UTF-8" in refused(*elo)
+    for rows, says in (([], "no votes"), ([("x", "y", "x"), ("x", "y", "z")], 'line 3: the winner is "z"'),
+                       ([("x", "x", "x")], "line 2"), ([("x", "tie", "x")], "line 2"), ([("x",)], "line 2"),
+                       ([("x", "y", "x"), ("y", "x", "x"), ("u", "v", "tie")], "no vote links u, v with x, y")):
+        write_votes(rows)
+        assert says in refused(*elo)
+    write_votes([("x", "y", "x")])
+    assert ".md" in refused(*elo, "--out", "votes.csv") and ".md" in refused(*elo, "--out", "votes.md")
+    assert "votes" in refused(evaluation.main, "elo")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
