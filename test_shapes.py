@@ -354,11 +354,12 @@ def test_weights_in_shards(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # encoder.py
 
+SEGMENT_METHODS = ("proposed", "only-lr", "without-lr", "large-patchifier", "token-merging", "full")
 RATES = {"4x4x2": 80, "2x2x2": 320, "2x2x1": 640, "4x4x4": 40, "1x1x1": 2560, "8x8x1": 40}    # tokens of 40 nano frames
 
 
-def make_encoder(method="proposed", rate="4x4x2", preset="tiny", seed=0):
-    return randomize(MemoryEncoder(method, rate, preset), seed)
+def make_encoder(method="proposed", rate="4x4x2", preset="tiny", seed=0, **settings):
+    return randomize(MemoryEncoder(method, rate, preset, **settings), seed)
 
 
 def box_mean(hr, rate):
@@ -369,10 +370,11 @@ def box_mean(hr, rate):
     return torch.cat([F.avg_pool3d(part, rate) for part in parts], 2)
 
 
+@pytest.mark.parametrize("method", ["proposed", "large-patchifier"])
 @pytest.mark.parametrize("rate", RATES)
 @torch.no_grad()
-def test_encoder_tokens_stand_at_the_centres_of_their_blocks(rate):
-    encoder, codec, hr = make_encoder("proposed", rate, "nano"), DCTCodec(), randn(1, 16, 40, 16, 16)
+def test_encoder_tokens_stand_at_the_centres_of_their_blocks(rate, method):
+    encoder, codec, hr = make_encoder(method, rate, "nano"), DCTCodec(), randn(1, 16, 40, 16, 16)
     tokens, positions = encoder(hr, codec.downsample(hr, encoder.rate), start=100)
     t, h, w = encoder.rate
     expected = [(100 + f + (t - 1) / 2, i + (h - 1) / 2, j + (w - 1) / 2)
@@ -394,7 +396,7 @@ def test_encoder_tokens_of_20_seconds_of_wan(frames, count):
 
 
 @pytest.mark.parametrize("preset, first", [("tiny", 8), ("tiny-wan", 9)])
-@pytest.mark.parametrize("method", ["proposed", "only-lr", "without-lr"])
+@pytest.mark.parametrize("method", SEGMENT_METHODS)
 @torch.no_grad()
 def test_encoder_appends_sections_without_touching_the_history(method, preset, first):
     codec = DCTCodec() if preset == "tiny" else SimpleNamespace(downsample=box_mean)
@@ -457,14 +459,14 @@ def without_attention(encoder):
 
 
 @pytest.mark.parametrize("rate", ["4x4x2", "8x8x1"])
-@pytest.mark.parametrize("method", ["only-lr", "without-lr", "proposed"])
+@pytest.mark.parametrize("method", ["only-lr", "without-lr", "proposed", "large-patchifier"])
 @torch.no_grad()
 def test_encoder_blocks_answer_where_they_are(method, rate):
     """A change in the middle of a block moves the token that stands there most, and its neighbours evenly."""
     codec, energy = DCTCodec(), 0
     for seed in range(40):
         encoder = make_encoder(method, rate, "tiny", seed)
-        encoder = encoder if method == "only-lr" else without_attention(encoder)
+        encoder = without_attention(encoder) if hasattr(encoder, "hr") else encoder
         t, h, w = encoder.rate
         x = randn(1, 16, 4, 2 * 3 * h, 2 * 5 * w, seed=seed)
         y = x.clone()
@@ -476,7 +478,7 @@ def test_encoder_blocks_answer_where_they_are(method, rate):
     assert torch.equal(positions[energy.argmax()], centre)
     mass = (energy[:, None] * positions).sum(0) / energy.sum()
     assert ((mass - centre).abs() < 0.1 * torch.tensor([h, w])).all()
-    if method == "only-lr":
+    if method in ("only-lr", "large-patchifier"):
         assert (energy > 1e-9).sum() == 1
 
 
@@ -496,23 +498,109 @@ def test_encoder_high_resolution_branch_is_centred(rate):
         assert (grid(x) - grid(x).flip(axis)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("method", ["only-lr", "without-lr", "proposed"])
+@pytest.mark.parametrize("method", SEGMENT_METHODS)
 @torch.no_grad()
 def test_encoder_pads_odd_sizes_alike_in_both_branches(method):
     encoder, codec, x = make_encoder(method, "2x2x2"), DCTCodec(), randn(1, 16, 4, 15, 13)
-    padded = F.pad(x, (0, 3, 0, 1, 0, 0), mode="replicate")
+    tokenwise = method in ("token-merging", "full")                 # these pad to whole tokens, not to whole blocks
+    padded = F.pad(x, (0, 1 if tokenwise else 3, 0, 1, 0, 0), mode="replicate")
     a, b = (encoder(z, codec.downsample(z, encoder.rate)) for z in (x, padded))
-    assert a[0].shape == (1, 2 * 4 * 4, 48) and torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    assert a[0].shape == (1, 4 * 8 * 7 if method == "full" else 2 * 4 * 4, 48)
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
-def test_encoder_gradient_reaches_both_branches_and_every_segment():
-    encoder, codec = make_encoder(), DCTCodec()
+@pytest.mark.parametrize("method", SEGMENT_METHODS)
+def test_encoder_gradient_reaches_every_weight_and_every_segment(method):
+    encoder, codec = make_encoder(method), DCTCodec()
     hr = randn(1, 16, 12, 8, 8).requires_grad_()
     lr = codec.downsample(hr.detach(), encoder.rate).requires_grad_()
     encoder(hr, lr)[0].square().sum().backward()
-    assert (hr.grad.abs().amax((0, 1, 3, 4)) > 0).all() and (lr.grad.abs().amax((0, 1, 3, 4)) > 0).all()
+    for x, read in (hr, method != "only-lr"), (lr, method in ("proposed", "only-lr")):
+        assert (x.grad.abs().amax((0, 1, 3, 4)) > 0).all() if read else x.grad is None
+    waits = method in ("without-lr", "large-patchifier")            # their patch embedding is for unfinished segments
     for name, p in encoder.named_parameters():
-        assert p.grad.abs().max() > 0 or name == "hr.attention.k.bias", name
+        if waits and name.startswith("patch_embedding"):
+            assert p.grad is None
+        else:
+            assert p.grad.abs().max() > 0 or name == "hr.attention.k.bias", name
+
+
+@pytest.mark.parametrize("rate", ["4x4x2", "2x2x1", "8x8x4"])
+@torch.no_grad()
+def test_large_patchifier_begins_as_the_patchify_of_averaged_latents(rate):
+    dit = MemoryDiT("tiny", "large-patchifier", rate)
+    randomize(dit.dit)
+    dit.encoder.start_from(dit.dit)
+    x = randn(2, 16, 8, 16, 32)
+    expected = dit.dit.patch_embedding(F.avg_pool3d(x, dit.encoder.rate))
+    assert expected.std() > 0.01 and (dit.encode(x, x)[0] - expected).abs().max() < 1e-5
+    flat = torch.ones_like(x) * randn(1, 16, 1, 1, 1)
+    assert (dit.encode(flat, flat)[0] - dit.dit.patch_embedding(flat)[:, :1]).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_token_merging_averages_what_is_alike():
+    """Of a segment of two colours no token is of both; each is the mean of all that it holds, where those are."""
+    phi = make_encoder("token-merging", "4x4x1")                    # 8 tokens for 4 frames of 8 x 4
+    phi.patch_embedding.bias.zero_()                                # so that brightness is length, not direction
+    for seed in range(10):
+        g = torch.Generator().manual_seed(seed)
+        kind = torch.rand(4, 8, 4, generator=g) < 0.4
+        colours = randn(2, 16, seed=seed)[kind.long()] * (1 + 0.2 * torch.rand(4, 8, 4, 1, generator=g))
+        x = colours.permute(3, 0, 1, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)[None]   # (1, 16, 4, 16, 8)
+        (tokens, positions), (everything, places) = phi(x, x), phi.embed_frames(x, torch.arange(4))
+        groups = encoder.match(everything, 8)[0]
+        assert tokens.shape == (1, 8, 48)
+        for n in range(8):
+            inside = groups == n
+            assert len(set(kind.flatten()[inside].tolist())) == 1, seed
+            assert torch.allclose(tokens[0, n], everything[0, inside].mean(0), atol=1e-5)
+            assert torch.allclose(positions[0, n], places[inside].mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("size, frames", [((8, 8), 4), ((15, 13), 8)])
+@torch.no_grad()
+def test_token_merging_keeps_the_count_and_the_mass(size, frames):
+    phi, x = make_encoder("token-merging", "2x2x2"), randn(2, 16, frames, *size)
+    tokens, positions = phi(x, x, start=20)
+    everything, places = phi.embed_frames(x, 20 + torch.arange(frames))
+    assert tokens.shape == (2, frames // 2 * -(-size[0] // 4) * -(-size[1] // 4), 48)
+    assert positions.shape == (*tokens.shape[:2], 3) and not torch.equal(positions[0], positions[1])
+    for first in range(0, frames, 4):                               # segments do not mix
+        inside = (positions[..., 0] >= 20 + first) & (positions[..., 0] <= 23 + first)
+        assert (inside.sum(1) == tokens.shape[1] // (frames // 4)).all()
+    alone = phi.merge_segments(torch.ones_like(x[:, :, :4]) * randn(1, 16, 4, 1, 1), 0, 4)
+    assert all(y.isfinite().all() for y in alone)                   # equal tokens tie
+    assert everything.shape[1] == len(places) > tokens.shape[1]
+
+
+@torch.no_grad()
+def test_full_memory_is_every_token():
+    phi, x = make_encoder("full", preset="tiny-wan"), randn(1, 16, 9, 8, 8)
+    tokens, positions = phi(x, x[:, :, :0], start=0)
+    assert torch.equal(tokens, phi.patch_embedding(x)) and torch.equal(positions, token_positions(range(9), 4, 4))
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-wan"])
+@pytest.mark.parametrize("method, window, most, kept", [
+    ("sliding-window", 1, None, [10]), ("sliding-window", 6, None, [5, 6, 7, 8, 9, 10]),
+    ("sliding-window", 6, 1, [7, 8, 9, 10]), ("sliding-window", 99, None, list(range(11))),
+    ("keyframes", 1, None, [0, 10]), ("keyframes", 1, 1, [0, 10])])
+@torch.no_grad()
+def test_methods_that_keep_frames(method, window, most, kept, preset):
+    dit, x = randomize(MemoryDiT(preset, method, window=window)), randn(2, 16, 11, 8, 8)
+    expected = dit.encoder.patch_embedding(x[:, :, kept]), token_positions(torch.tensor(kept), 4, 4)
+    if most is None:
+        memory = dit.encode(x, x[:, :, :0])
+        assert all(torch.equal(a, b) for a, b in zip(memory, expected))
+        first = dit.encode(x[:, :, :1], x[:, :, :0], start=7)
+        assert first[0].shape[1] == 16 and first[1][0].tolist() == [7, 0, 0]
+    memory = Memory(dit, DCTCodec(), most)
+    for piece in x[:1].split(3, 2):
+        memory.append(piece)
+    for a, b in zip(memory.context(), expected):
+        assert torch.allclose(a, b[:1] if b.ndim == 3 else b, atol=1e-6)
+    assert memory.frames == 11 and memory.waiting.shape[2] == len(kept) and memory.uncompressed == 16 * len(kept)
 
 
 @torch.no_grad()
@@ -530,7 +618,7 @@ def test_encoder_methods_differ_only_in_their_branches():
     assert proposed(x, lr)[0].abs().max() > 0                       # φ's copy is its own
 
 
-@pytest.mark.parametrize("method", ["only-lr", "without-lr", "proposed"])
+@pytest.mark.parametrize("method", SEGMENT_METHODS)
 @torch.no_grad()
 def test_encoder_rows_of_a_batch_do_not_meet(method):
     encoder, codec, x = make_encoder(method), DCTCodec(), randn(2, 16, 8, 8, 8)
@@ -1232,6 +1320,21 @@ def test_a_base_without_memory(cache, tmp_path):
 # sample.py
 
 
+@pytest.mark.parametrize("method, given, count", [
+    ("sliding-window", {"window": 3}, 3 * 16), ("keyframes", {}, 2 * 16), ("token-merging", {"encoder": "none"}, 3 * 2)])
+def test_other_methods_go_through_stage_2_and_sampling(method, given, count, cache, capsys):
+    if method in encoder.FRAME_METHODS:                             # even where a run of stage 1 lies ready
+        given = {**given, "encoder": "runs/pretrain"}
+    run(finetune.main, *flags(cache, out="run", method=method, rate="4x4x2", steps=1, **given))
+    dit, config = encoder.load_model("run/model.safetensors")
+    assert dit.encoder.window == config["window"] == given.get("window", 1)
+    write_video("clip.mp4", 12)
+    run(sample.main, "--history", "clip.mp4", "--checkpoint", "run/model.safetensors", "--seconds=2", "--steps=1",
+        "--save_file=b.mp4")
+    assert len(read_video("b.mp4", 2, 32, 32)) == 12 + 4
+    assert f"memory: {count} tokens" in capsys.readouterr().out
+
+
 def write_checkpoint(path="tiny.safetensors", stage="finetune", method="proposed", change=None, claims={}):
     """A checkpoint of random weights, written as train() does; its config may claim something else."""
     state = randomize(MemoryDiT("tiny", method)).state_dict()
@@ -1432,7 +1535,8 @@ def test_stages_refuse_bad_settings(refused, cache, tmp_path):
             ("preset", "nanoo", "nano"), ("method", "propsed", "proposed"), ("rate", "3x3x3", "--rate"),
             ("steps", 0, "--steps"), ("batch", 0, "--batch"), ("mask", "blur", "--mask"), ("step", 3, "--steps"),
             ("init", "nowhere", "nowhere"), ("data", "nowhere", "nowhere"), ("device", "abacus", "abacus"),
-            ("lr", "fast", "lr")):
+            ("lr", "fast", "lr"), ("window", 0, "--window"), ("method", "sliding-window", "finetune.py"),
+            ("method", "keyframes", "finetune.py")):
         assert says in refused(pretrain.main, *flags(cache, out=tmp_path / "out", **{flag: value}))
     assert "state.pt" in refused(pretrain.main, *flags(cache, out=tmp_path / "nowhere", resume=True))
     (tmp_path / "used").mkdir()
