@@ -84,7 +84,8 @@ class HighRes(nn.Module):
 def group_sums(x, groups, count):
     """Sums of the tokens x (B, N, D) of each group; groups (B, N) holds numbers below count -> (B, count, D)."""
     rows = groups + count * torch.arange(len(x), device=x.device)[:, None]
-    return x.new_zeros(len(x) * count, x.shape[2]).index_add(0, rows.flatten(), x.flatten(0, 1)).unflatten(0, (-1, count))
+    sums = x.new_zeros(len(x) * count, x.shape[2]).index_add(0, rows.flatten(), x.flatten(0, 1))
+    return sums.unflatten(0, (-1, count))
 
 
 @torch.no_grad()
@@ -274,7 +275,7 @@ class Memory:
     def __init__(self, model, codec, most=None):
         self.model, self.codec, self.most = model, codec, most
         self.segments = []              # (tokens (1, m, D), positions, frames) of each segment that is kept
-        self.waiting = None             # latents (1, C, F, H, W) of an unfinished segment, or of the frames that are kept
+        self.waiting = None             # latents (1, C, F, H, W) of an unfinished segment, or of frames kept as such
         self.times = torch.arange(0)    # and their times (F,)
         self.frames = 0                 # latent frames appended so far: the time of the next one
 

@@ -1321,7 +1321,8 @@ def test_a_base_without_memory(cache, tmp_path):
 
 
 @pytest.mark.parametrize("method, given, count", [
-    ("sliding-window", {"window": 3}, 3 * 16), ("keyframes", {}, 2 * 16), ("token-merging", {"encoder": "none"}, 3 * 2)])
+    ("sliding-window", {"window": 3}, 3 * 16), ("keyframes", {}, 2 * 16),
+    ("token-merging", {"encoder": "none"}, 3 * 2)])
 def test_other_methods_go_through_stage_2_and_sampling(method, given, count, cache, capsys):
     if method in encoder.FRAME_METHODS:                             # even where a run of stage 1 lies ready
         given = {**given, "encoder": "runs/pretrain"}
@@ -1446,6 +1447,79 @@ def test_ssim_equals_that_of_scikit_image():
     assert evaluation.ssim(a, b).tolist() == pytest.approx([0.8328877, 0.7953046, 0.8480581], abs=1e-4)
 
 
+def write_lpips(folder="lpips", backbone=None, linear=None, seed=0):
+    """A folder of weights named as torchvision and the lpips package name theirs; random ones by default."""
+    folder = Path(folder)
+    folder.mkdir()
+    sizes = [(0, (64, 3, 11, 11)), (3, (192, 64, 5, 5)), (6, (384, 192, 3, 3)), (8, (256, 384, 3, 3)),
+             (10, (256, 256, 3, 3))]
+    if backbone is None:
+        backbone = {f"features.{i}.weight": randn(*s, seed=i) * math.prod(s[1:])**-0.5 for i, s in sizes}
+        backbone |= {f"features.{i}.bias": 0.1 * randn(s[0], seed=i + 50) for i, s in sizes}
+        linear = {f"lin{k}.model.1.weight": randn(1, s[0], 1, 1, seed=k).abs() for k, (_, s) in enumerate(sizes)}
+    torch.save({**backbone, "classifier.1.weight": torch.ones(2, 2)}, folder / "alexnet-owt-7be5be79.pth")
+    torch.save(linear, folder / "alex.pth")
+    return backbone, linear
+
+
+def test_lpips_by_hand():
+    """The features of one pair again, in plain steps and double precision."""
+    w, linear = ({k: v.double() for k, v in part.items()} for part in write_lpips())
+    a, b = (randn(3, 33, 40, 3, seed=s).mul(60).add(128).clamp(0, 255).to(torch.uint8) for s in range(2))
+    shift, scale = torch.tensor([-0.030, -0.088, -0.188]).double(), torch.tensor([0.458, 0.448, 0.450]).double()
+    distance, features = 0, []
+    for x in a, b:
+        x = ((x.double() / 127.5 - 1 - shift) / scale).permute(0, 3, 1, 2)
+        layers = []
+        for i, stride, padding in (0, 4, 2), (3, 1, 2), (6, 1, 1), (8, 1, 1), (10, 1, 1):
+            x = F.max_pool2d(x, 3, 2) if i in (3, 6) else x
+            x = F.conv2d(x, w[f"features.{i}.weight"], w[f"features.{i}.bias"], stride, padding).clamp(min=0)
+            layers.append(x / x.norm(dim=1, keepdim=True))
+        features.append(layers)
+    for k, (x, y) in enumerate(zip(*features)):
+        weights = linear[f"lin{k}.model.1.weight"].view(1, -1, 1, 1)
+        distance = distance + (weights * (x - y)**2).sum(1).mean((1, 2))
+    lpips = evaluation.LPIPS("lpips")
+    assert (lpips(a, b) - distance).abs().max() < 1e-4 * distance.max() and distance.min() > 0.1
+    assert lpips(a, a).tolist() == [0, 0, 0] and torch.allclose(lpips(a, b), lpips(b, a))
+    assert torch.allclose(evaluation.measure(a[:, None], b[:, None], lpips)["lpips"][:, 0], lpips(a, b), atol=1e-5)
+    save_file(torch.load("lpips/alex.pth"), "lpips/alex.safetensors")           # safetensors will do as well
+    Path("lpips/alex.pth").unlink()
+    assert torch.equal(evaluation.LPIPS("lpips")(a, b), lpips(a, b))
+
+
+def test_lpips_equals_the_package():
+    pytest.importorskip("torchvision")
+    package = pytest.importorskip("lpips").LPIPS(net="alex", pretrained=False, pnet_rand=True, verbose=False).eval()
+    state = randomize(package).state_dict()
+    backbone = {f"features.{k.split('.', 2)[2]}": v for k, v in state.items() if k.startswith("net.")}
+    linear = {k: v.abs() for k, v in state.items() if k.startswith("lin") and not k.startswith("lins")}
+    package.load_state_dict(linear, strict=False)
+    write_lpips("lpips", backbone, linear)
+    a, b = (randn(4, 64, 48, 3, seed=s).mul(60).add(128).clamp(0, 255).to(torch.uint8) for s in range(2))
+    with torch.no_grad():
+        expected = package(*(to_pixels(x).transpose(0, 1) for x in (a, b))).flatten()
+    assert (evaluation.LPIPS("lpips")(a, b) - expected).abs().max() < 1e-5 and expected.min() > 0.01
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda b, l: b.pop("features.3.bias"), "3.bias is not there"), (lambda b, l: l.update(lin5=torch.ones(1)), "lin5"),
+    (lambda b, l: b.update({"features.0.weight": torch.ones(64, 3, 3, 3)}), "0.weight is \\(64, 3, 3, 3\\), expected"),
+    (lambda b, l: l["lin2.model.1.weight"].fill_(math.nan), "lin2.weight"), ("pickle", "alex.pth"), ("none", "--lpips")])
+def test_lpips_refuses_weights_that_do_not_fit(damage, says):
+    parts = write_lpips("good")
+    if callable(damage):
+        damage(*parts)
+    write_lpips("bad", *parts)
+    if damage == "pickle":
+        torch.save(Bomb(), "bad/alex.pth")
+    if damage == "none":
+        Path("bad/alex.pth").unlink()
+    with pytest.raises(UserError, match=says) as error:
+        evaluation.LPIPS("bad")
+    assert "\n" not in str(error.value) and not Path("exploded").exists()
+
+
 def test_psnr_known_values():
     a = torch.full((2, 8, 8, 3), 100, dtype=torch.uint8)
     assert data.psnr(a, a).tolist() == [100, 100]
@@ -1463,11 +1537,12 @@ def test_retrieval_command(stage1, cache, capsys):
     run(evaluation.main, *common, "--clips", 2, "--out", "a.png")
     said = capsys.readouterr().out
     values = {line.split()[0]: float(line.split()[1]) for line in said.splitlines() if "±" in line}
-    assert Path("a.png").is_file() and "step 40" in said and values["codec"] > 20
+    assert Path("a.png").is_file() and "step 40" in said and values["codec"] > 20 and said.count("n/a") == 5
     assert values["codec"] > max(values[k] for k in ("model", "wrong_memory", "no_memory"))
     write_video("clip.mp4", 10)
-    run(evaluation.main, *common, "--history", "clip.mp4", "--out", "b.png")
-    assert Path("b.png").is_file()
+    write_lpips()
+    run(evaluation.main, *common, "--history", "clip.mp4", "--out", "b.png", "--lpips", "lpips")
+    assert Path("b.png").is_file() and "n/a" not in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
