@@ -3,6 +3,7 @@
 Data is tiny, seeded and made here. What needs the official Wan fixtures (../shared/fixtures) or the shipped weights
 (checkpoints/) is skipped where they are not.
 """
+import csv
 import dataclasses
 import itertools
 import json
@@ -1504,8 +1505,9 @@ def test_lpips_equals_the_package():
 
 @pytest.mark.parametrize("damage, says", [
     (lambda b, l: b.pop("features.3.bias"), "3.bias is not there"), (lambda b, l: l.update(lin5=torch.ones(1)), "lin5"),
-    (lambda b, l: b.update({"features.0.weight": torch.ones(64, 3, 3, 3)}), "0.weight is \\(64, 3, 3, 3\\), expected"),
-    (lambda b, l: l["lin2.model.1.weight"].fill_(math.nan), "lin2.weight"), ("pickle", "alex.pth"), ("none", "--lpips")])
+    (lambda b, l: b.update({"features.0.weight": torch.ones(64, 3, 3, 3)}), "0.weight is \\(64, 3, 3, 3\\)"),
+    (lambda b, l: l["lin2.model.1.weight"].fill_(math.nan), "lin2.weight"),
+    ("pickle", "alex.pth"), ("none", "--lpips")])
 def test_lpips_refuses_weights_that_do_not_fit(damage, says):
     parts = write_lpips("good")
     if callable(damage):
@@ -1543,6 +1545,122 @@ def test_retrieval_command(stage1, cache, capsys):
     write_lpips()
     run(evaluation.main, *common, "--history", "clip.mp4", "--out", "b.png", "--lpips", "lpips")
     assert Path("b.png").is_file() and "n/a" not in capsys.readouterr().out
+
+
+def test_bootstrap_is_paired_and_covers_the_mean():
+    clip, noise = 5 * randn(256), 0.5 * randn(256, seed=1)          # clips differ far more than methods do
+    mean, low, high = evaluation.bootstrap(clip + 0.2 + noise - clip)
+    half = 1.96 * noise.std().item() / 16
+    assert mean == pytest.approx(0.2 + noise.mean().item(), abs=1e-5)
+    assert high - mean == pytest.approx(half, rel=0.1) and mean - low == pytest.approx(half, rel=0.1)
+    assert evaluation.bootstrap(noise) == evaluation.bootstrap(noise)
+    assert evaluation.bootstrap(torch.full((5,), 2.0)) == (2, 2, 2)
+    assert [math.isnan(x) for x in evaluation.bootstrap(torch.ones(1))] == [False, True, True]
+
+
+def table_row(method, rate, psnr, **trained):
+    return evaluation.Row(method, rate, {"psnr": psnr[:, None]}, None, {}, trained=trained)
+
+
+def test_table1_compares_neighbours_and_the_papers_order():
+    clip = 15 + randn(64)
+    rows = [table_row("full", "", clip + 3),
+            table_row("large-patchifier", "4x4x2", clip + 1.5 + 0.1 * randn(64, seed=1)),
+            table_row("proposed", "4x4x2", clip + 1), table_row("only-lr", "4x4x2", clip + 1 + randn(64, seed=2))]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in evaluation.compare(rows) if "above" in line]
+    found = {line[0]: line[3:] for line in lines if line[0] != "A above B"}
+    assert len(lines) - 2 == 3 + 3
+    assert found["full above large-patchifier 4x4x2"] == ["yes", "–"]
+    assert found["proposed 4x4x2 above only-lr 4x4x2"] == ["undecided", "+2.20"]
+    assert found["proposed 4x4x2 above large-patchifier 4x4x2"] == ["no", "+4.48"]
+
+
+def test_figures_by_age():
+    values, ages = torch.tensor([[1.0, 2, 3], [4, 5, 6]]), torch.tensor([[0.0, 3, 4], [39, 36, 35]])
+    assert evaluation.by_age(values, ages, 4) == {0: 1.5, 1: 3, 8: 6, 9: 4.5}
+
+
+@pytest.fixture(scope="session")
+def runs(cache, tmp_path_factory):
+    """Short runs of stage 1 that one table may hold."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(signal, "signal", lambda *a: None)
+        for method, seed in ("proposed", 0), ("proposed", 1), ("full", 0):
+            run(pretrain.main, *flags(cache, out=folder / f"{method}-{seed}", method=method, seed=seed, steps=2))
+    return folder
+
+
+def read_csv(path):
+    return list(csv.DictReader(Path(path).read_text().splitlines()))
+
+
+def test_table1(runs, cache, capsys):
+    given = [runs / name for name in ("proposed-1", "full-0", "proposed-0")]
+    write_lpips()
+    run(evaluation.main, "table1", *given, "--clips", 2, "--steps", 2, "--cache", cache, "--out", "assets",
+        "--lpips", "lpips")
+    said, rows = capsys.readouterr().out, read_csv("assets/table1.csv")
+    header = Path("assets/table1.csv").read_text().splitlines()[0]
+    assert header.startswith("method,rate,tokens_per_second,psnr,psnr_low,psnr_high,ssim,")
+    assert rows[0]["method"] == "codec" and {(r["method"], r["rate"]) for r in rows[1:]} == {("proposed", "4x4x2"), (
+        "full", "")}
+    levels = [float(r["psnr"]) for r in rows]
+    assert levels == sorted(levels, reverse=True) and all(float(r["lpips"]) >= 0 for r in rows)
+    row = next(r for r in rows if r["method"] == "proposed")
+    assert (row["tokens_per_second"], row["channels_per_latent_value"]) == ("1.0", "0.0234375")
+    assert row["paper_psnr"] == "17.41"
+    assert float(row["psnr_low"]) < float(row["psnr"]) < float(row["psnr_high"]) and float(row["encoder_ms"]) > 0
+
+    dit, _ = encoder.load_model(runs / "proposed-0" / "model.safetensors")      # the figure of seed 0, again
+    assert int(row["encoder_parameters"]) == sum(p.numel() for p in dit.encoder.parameters())
+    clips = world_clips("held-out", 2, TINY, DCTCodec(), cache, keep_pixels=True)
+    batch = draw_retrieval(pretrain.PretrainConfig(text_drop=1.0), tiny_tools(), clips, range(2), 0)
+    with torch.no_grad(), model.autocast(torch.device("cpu")):
+        x = euler(dit.dit, batch.noise, batch.text, batch.frames, dit.encode(batch.hr, batch.lr), 2, 3.0)
+    psnr = data.psnr(to_frames(DCTCodec().decode(x.float())), batch.truth).mean().item()
+    assert float(row["psnr"]) == pytest.approx(psnr, abs=0.01)
+
+    seeds = read_csv("assets/table1_seeds.csv")
+    assert [(r["method"], r["seed"]) for r in seeds] == [("full", "0"), ("proposed", "0"), ("proposed", "1")]
+    both = [float(r["psnr"]) for r in seeds[1:]]
+    assert float(seeds[1]["psnr_deviation_of_seeds"]) == pytest.approx(np.std(both, ddof=1), abs=1e-3)
+    assert seeds[0]["psnr_deviation_of_seeds"] == "" and both[0] == pytest.approx(float(row["psnr"]))
+    text = Path("assets/table1.md").read_text()
+    assert text in said and str(runs / "full-0") in text and "2 held-out clips x 4 frames" in text and "n/a" not in text
+    for name in "table1.png", "table1_curves.png", "table1_age.png":
+        assert np.array(Image.open(f"assets/{name}").convert("RGB")).std() > 5
+
+
+def test_table1_of_videos(runs, tmp_path):
+    for i in range(3):
+        write_video(tmp_path / "videos" / f"{i}.mp4", 10, i)
+    run(evaluation.main, "table1", runs / "proposed-0", "--data", "videos", "--steps", 1, "--out", "out")
+    assert {p.name for p in Path("out").iterdir()} == {"table1_video" + end for end in (
+        ".md", ".csv", ".png", "_seeds.csv", "_curves.png", "_age.png")}
+    codec, row = read_csv("out/table1_video.csv")
+    assert float(codec["psnr"]) > 30 and codec["lpips"] == row["lpips"] == "n/a" and row["psnr_low"] == "nan"
+    assert "1 held-out clips x 4 frames of videos" in Path("out/table1_video.md").read_text()
+
+
+def test_table1_refuses_runs_that_are_not_alike(refused):
+    def write(name, method="proposed", stage="pretrain", **claims):
+        Path(name).mkdir()
+        Path(name, "log.jsonl").touch()
+        claims = {"steps": 7, "mask": "none", "queries": 4, **claims}
+        write_checkpoint(f"{name}/model.safetensors", stage, method, claims=claims)
+        return name
+    good, table = write("good"), lambda *runs: refused(evaluation.main, "table1", *runs)
+    for key, value in dict(init="random", data="videos", batch=4, mask="noise", clips=5, queries=2).items():
+        error = table(good, write(key, method="full", **{key: value}))
+        assert f"{key} has --{key} {value} but good has" in error
+    assert "step 7 of 9" in table(good, write("unfinished", steps=9))
+    assert "seed 0" in table(good, write("twice"))
+    assert "seed 0" in table(write("full1", "full"), write("full2", "full", rate="2x2x2"))     # no rate tells them apart
+    assert "finetune" in table(good, write("stage2", stage="finetune"))
+    assert "nowhere" in table(good, "nowhere") and "folders" in table() and "--clips" in table(good, "--clips", 0)
+    Path("good/log.jsonl").unlink()
+    assert "log.jsonl" in table(good)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
