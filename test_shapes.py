@@ -1620,6 +1620,8 @@ def test_table1(runs, cache, capsys):
         x = euler(dit.dit, batch.noise, batch.text, batch.frames, dit.encode(batch.hr, batch.lr), 2, 3.0)
     psnr = data.psnr(to_frames(DCTCodec().decode(x.float())), batch.truth).mean().item()
     assert float(row["psnr"]) == pytest.approx(psnr, abs=0.01)
+    _, ages, shown = evaluation.retrieve(dit, tiny_tools(), clips, evaluation.Table1Config(steps=1), None)
+    assert torch.equal(ages, 39 - batch.frames) and torch.equal(shown["truth"], batch.truth)
 
     seeds = read_csv("assets/table1_seeds.csv")
     assert [(r["method"], r["seed"]) for r in seeds] == [("full", "0"), ("proposed", "0"), ("proposed", "1")]
@@ -1656,7 +1658,7 @@ def test_table1_refuses_runs_that_are_not_alike(refused):
         assert f"{key} has --{key} {value} but good has" in error
     assert "step 7 of 9" in table(good, write("unfinished", steps=9))
     assert "seed 0" in table(good, write("twice"))
-    assert "seed 0" in table(write("full1", "full"), write("full2", "full", rate="2x2x2"))     # no rate tells them apart
+    assert "seed 0" in table(write("full1", "full"), write("full2", "full", rate="2x2x2"))     # its rate is none
     assert "finetune" in table(good, write("stage2", stage="finetune"))
     assert "nowhere" in table(good, "nowhere") and "folders" in table() and "--clips" in table(good, "--clips", 0)
     Path("good/log.jsonl").unlink()
