@@ -369,7 +369,7 @@ def measure_growth(config, preset, dit, rate):
         needs = [(config.repeats + 1) * flops(c, preset.section * frame, n) / rate for n in tokens]
         hr, lr = random_history(preset, config.rate, latents, device)
         x, frames = hr[:, :, :preset.section], latents + torch.arange(preset.section, device=device)
-        embed = lambda: encoder(hr, lr), lambda: encoder.embed_frames(hr, 0)
+        embed = lambda: encoder(hr, lr), lambda: encoder.embed_frames(hr, torch.arange(hr.shape[2]))
         memory = {i: embed[i]() for i in (0, 1) if needs[i] <= PATIENCE}
         jobs = {i: lambda i=i: dit(x, t, text, frames, memory[i]) for i in memory}
         try:

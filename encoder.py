@@ -9,6 +9,16 @@ DiT's grid one memory token stands for:
 
 φ sees one segment at a time (segments are folded into the batch), so a new section costs one section:
 φ([H; X]) = [φ(H); φ(X)]. Letters as in model.py; M memory tokens; t, h, w the rate in time, rows and columns.
+
+What the paper compares it with goes through the same interface:
+
+    only-lr, without-lr     one of the two branches
+    large-patchifier        one linear map a block, the DiT's patchify made larger (FramePack)
+    token-merging           the DiT's tokens, the most similar of a segment averaged (ToMe)
+    full                    all of the DiT's tokens: the upper bound
+    sliding-window          those of the newest frames alone
+    keyframes               those of the first and the newest frame
+    none                    no memory
 """
 import contextlib
 import math
@@ -16,12 +26,14 @@ import math
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 
 from model import (PRESETS, Attention, DiT, PatchEmbedding, UserError, add_lora, flow_loss, get_preset, load_base,
                    load_weights, pad_replicate, read_metadata, rope, token_positions)
 
-METHODS = ("proposed", "only-lr", "without-lr", "none")
+# these keep a few frames as they are and forget the rest: nothing to retrieve for stage 1
+FRAME_METHODS = ("sliding-window", "keyframes")
+METHODS = ("proposed", "only-lr", "without-lr", "large-patchifier", "token-merging", *FRAME_METHODS, "full", "none")
 
 
 def parse_rate(text):
@@ -70,20 +82,61 @@ class HighRes(nn.Module):
         return self.proj(self.norm_out(x))
 
 
+def group_sums(x, groups, count):
+    """Sums of the tokens x (B, N, D) of each group; groups (B, N) holds numbers below count -> (B, count, D)."""
+    rows = groups + count * torch.arange(len(x), device=x.device)[:, None]
+    sums = x.new_zeros(len(x) * count, x.shape[2]).index_add(0, rows.flatten(), x.flatten(0, 1))
+    return sums.unflatten(0, (-1, count))
+
+
+@torch.no_grad()
+def match(x, count):
+    """Which of `count` groups each token of x (B, N, D) joins, (B, N): bipartite soft matching of ToMe (Bolya et al.
+    2023), by the cosine of the tokens themselves, in rounds.
+
+    A round: every second token, or mean of a group, looks for the most similar of the others; the closest pairs merge,
+    at most a quarter of what is left. (Half, the most that a round could merge, forces tokens together that are not
+    alike: the latents of stories were 0.49 from their group's mean at 32 tokens a segment, not 0.17, in squares.)
+    """
+    groups = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+    sums, n = x, x.shape[1]                                         # of each group: their cosines are those of its mean
+    while n > count:
+        unit = F.normalize(sums, dim=-1)
+        likeness, partner = (unit[:, ::2] @ unit[:, 1::2].mT).max(-1)           # (B, n / 2) each, rounded up
+        merged = min(max(1, n // 4), n - count)
+        goes = likeness.argsort(dim=1, descending=True, stable=True)[:, :merged]
+        goes, partner = 2 * goes, 2 * partner.gather(1, goes) + 1   # numbers among all n
+        stays = groups.new_ones(len(x), n).scatter(1, goes, 0)
+        number = stays.cumsum(1) - 1                                # of each group after this round
+        number = number.scatter(1, goes, number.gather(1, partner))
+        groups, n = number.gather(1, groups), n - merged
+        sums = group_sums(sums, number, n)
+    return groups
+
+
+def join(parts):
+    """One memory of several (tokens (B, M, D), positions (M, 3) or (B, M, 3))."""
+    tokens, positions = zip(*parts)
+    if any(p.ndim == 3 for p in positions):
+        positions = [p.expand(len(tokens[0]), -1, -1) for p in positions]
+    return torch.cat(tokens, dim=1), torch.cat(positions, dim=-2)
+
+
 class MemoryEncoder(nn.Module):
-    """φ. forward(hr, lr, start=0) -> (tokens (B, M, D), positions (M, 3)).
+    """φ. forward(hr, lr, start=0) -> (tokens (B, M, D), positions (M, 3); of token-merging (B, M, 3)).
 
     hr     (B, C, F, H, W) latents, whole segments (with a causal codec and start = 0: one latent, then whole segments)
     lr     codec.downsample(hr, rate)
     start  the first frame's place in time, in latent frames
     A token's position is the centre of its block on the DiT's token grid, at its true source time.
+    window: how many latent frames sliding-window keeps. The methods that keep frames have no segments: see choose().
     """
 
-    def __init__(self, method, rate, preset):
+    def __init__(self, method, rate, preset, window=1):
         super().__init__()
         p = PRESETS[preset]
         self.method, self.rate, self.segment, self.causal = method, parse_rate(rate), p.section, p.codec == "wan"
-        self.patch = p.dit.patch
+        self.patch, self.window = p.dit.patch, window
         if self.rate[0] > self.segment:
             raise UserError(f"--rate {rate}: time may be divided by at most {self.segment}, the frames of a segment")
         self.block = tuple(r * n for r, n in zip(self.rate, self.patch))
@@ -92,53 +145,95 @@ class MemoryEncoder(nn.Module):
         if method == "proposed":            # the LR branch carries the signal from the first step
             nn.init.zeros_(self.hr.proj.weight)
             nn.init.zeros_(self.hr.proj.bias)
+        if method == "large-patchifier":
+            self.large_patch = PatchEmbedding(p.dit.in_dim, p.dit.dim, self.block)
         # φ's own copy of the DiT's patch embedding: φ means the same whatever DiT reads it later. Also embeds the
         # frames of an unfinished segment, which wait uncompressed.
         self.patch_embedding = PatchEmbedding(p.dit.in_dim, p.dit.dim, p.dit.patch)
 
+    @torch.no_grad()
     def start_from(self, dit):
-        """Take over what φ begins with from the base DiT."""
+        """Take over what φ begins with from the base DiT. The large patchifier begins as the base's patchify of the
+        latents averaged over boxes of the rate, as FramePack's do."""
         self.patch_embedding.load_state_dict(dit.patch_embedding.state_dict())
+        if self.method == "large-patchifier":
+            t, h, w = self.rate
+            kernel = repeat(dit.patch_embedding.weight, "d c f i j -> d c (f t) (i h) (j w)", t=t, h=h, w=w)
+            self.large_patch.weight.copy_(kernel / math.prod(self.rate))
+            self.large_patch.bias.copy_(dit.patch_embedding.bias)
 
     def whole(self, n_frames, start=0):
         """How many of n_frames latents are whole segments."""
+        if self.method in FRAME_METHODS:
+            return 0
         lone = 1 if self.causal and start == 0 else 0
         return n_frames if n_frames < lone else lone + (n_frames - lone) // self.segment * self.segment
+
+    def choose(self, n_frames, most=None):
+        """Which of n_frames uncompressed frames stay in memory, in order: all but for the methods that keep frames.
+        sliding-window keeps at most the `most` newest. What was chosen before may stand for the history before, so a
+        growing history needs no more than that."""
+        frames = torch.arange(n_frames)
+        if self.method == "sliding-window":
+            return frames[-min(self.window, most or self.window):]
+        return frames[[0, -1]] if self.method == "keyframes" and n_frames > 1 else frames
 
     def forward(self, hr, lr, start=0):
         """See the class. Raises ValueError if hr is not whole segments."""
         if self.whole(hr.shape[2], start) != hr.shape[2]:
             raise ValueError(f"{hr.shape[2]} latents from {start} are not whole segments of {self.segment}")
         lone = 1 if self.causal and start == 0 else 0
-        parts = [self.encode_segments(hr[:, :, :lone], lr[:, :, :lone], 1)] if lone else []
+        parts = [self.encode_segments(hr[:, :, :lone], lr[:, :, :lone], start, 1)] if lone else []
         if hr.shape[2] > lone:
-            parts.append(self.encode_segments(hr[:, :, lone:], lr[:, :, lone:], self.segment))
-        t, h, w = self.rate
-        times = torch.arange(hr.shape[2], device=hr.device)[lone:].float()
-        times = times.view(-1 if hr.shape[2] > lone else 0, t).mean(1)
-        times = start + torch.cat([times.new_zeros(lone), times])               # the lone latent stays at its own time
-        rows, columns = (-(-size // b) for size, b in zip(hr.shape[3:], self.block[1:]))
-        positions = token_positions(times, rows, columns)
-        centre = positions.new_tensor([1, h, w]) * positions + positions.new_tensor([0, (h - 1) / 2, (w - 1) / 2])
-        return torch.cat(parts, dim=1), centre
+            parts.append(self.encode_segments(hr[:, :, lone:], lr[:, :, lone:], start + lone, self.segment))
+        return join(parts)
 
-    def encode_segments(self, hr, lr, length):
-        """Segments of `length` latents, folded into the batch: (B, C, F, H, W) -> (B, M, D)."""
+    def encode_segments(self, hr, lr, start, length):
+        """Segments of `length` latents, each alone: (B, C, F, H, W) -> (tokens (B, M, D), positions)."""
+        if self.method == "full":
+            return self.embed_frames(hr, start + torch.arange(hr.shape[2]))
+        if self.method == "token-merging":
+            return self.merge_segments(hr, start, length)
         tokens = 0
-        n = hr.shape[2] // length
-        if self.method != "without-lr":
+        if self.method in ("proposed", "only-lr"):
             tokens = self.patch_embedding(pad_replicate(lr, self.patch))        # (B, M, D)
-        if self.method != "only-lr":
+        if self.method in ("proposed", "without-lr"):
+            n = hr.shape[2] // length
             folded = rearrange(hr, "b c (n f) h w -> (b n) c f h w", n=n)
             tokens = tokens + rearrange(self.hr(pad_replicate(folded, self.block)), "(b n) m d -> b (n m) d", n=n)
-        return tokens
+        if self.method == "large-patchifier":
+            tokens = self.large_patch(pad_replicate(hr, self.block))
+        return tokens, self.block_centres(hr.shape[2:], start)
 
-    def embed_frames(self, latents, start):
-        """Uncompressed tokens of single frames: (B, C, F, H, W) -> (tokens (B, F*rows*columns, D), positions)."""
+    def block_centres(self, size, start):
+        """Positions (M, 3) of the centres of the blocks of `size` (F, H, W) latents."""
+        t, h, w = self.rate
+        t = min(t, size[0])                                         # a causal codec's lone latent keeps its own time
+        f, rows, columns = (-(-n // b) for n, b in zip(size, (t, *self.block[1:])))
+        positions = token_positions(torch.arange(f), rows, columns) * torch.tensor([t, h, w])
+        positions = positions + torch.tensor([start + (t - 1) / 2, (h - 1) / 2, (w - 1) / 2])
+        return positions.to(self.patch_embedding.weight.device)
+
+    def merge_segments(self, hr, start, length):
+        """As encode_segments(): as many tokens a segment as the rate gives, with positions (B, M, 3) because what is
+        merged depends on the picture. A token's position is the mean of those it is made of."""
+        n = hr.shape[2] // length
+        count = len(self.block_centres((length, *hr.shape[3:]), start))
+        tokens, positions = self.embed_frames(hr, start + torch.arange(hr.shape[2]))
+        tokens = rearrange(tokens.float(), "b (n k) d -> (b n) k d", n=n)
+        positions = repeat(positions, "(n k) c -> (b n) k c", n=n, b=len(hr))
+        with torch.autocast(hr.device.type, enabled=False):         # bf16 similarities would tie
+            groups = match(tokens, count)
+        sizes = group_sums(torch.ones_like(tokens[..., :1]), groups, count)     # averages are weighted by size
+        means = (group_sums(x, groups, count) / sizes for x in (tokens, positions))
+        return tuple(rearrange(x, "(b n) m d -> b (n m) d", n=n) for x in means)
+
+    def embed_frames(self, latents, times):
+        """Uncompressed tokens of single frames: (B, C, F, H, W) that belong at times (F,) -> (tokens
+        (B, F*rows*columns, D), positions (F*rows*columns, 3))."""
         latents = pad_replicate(latents, self.patch)
-        times = start + torch.arange(latents.shape[2], device=latents.device)
         rows, columns = (size // p for size, p in zip(latents.shape[3:], self.patch[1:]))
-        return self.patch_embedding(latents), token_positions(times, rows, columns)
+        return self.patch_embedding(latents), token_positions(times.to(latents.device), rows, columns)
 
 
 class MemoryDiT(nn.Module):
@@ -147,14 +242,14 @@ class MemoryDiT(nn.Module):
     empty: the DiT takes no memory yet (meta device), since weights will be loaded into it.
     """
 
-    def __init__(self, preset, method="proposed", rate="4x4x2", empty=False):
+    def __init__(self, preset, method="proposed", rate="4x4x2", window=1, empty=False):
         super().__init__()
         if method not in METHODS:
             raise UserError(f"--method {method}: choose one of {', '.join(METHODS)}")
         self.preset, self.method, self.rate = preset, method, rate
         with torch.device("meta") if empty else contextlib.nullcontext():
             self.dit = DiT(get_preset(preset).dit)
-        self.encoder = None if method == "none" else MemoryEncoder(method, rate, preset)
+        self.encoder = None if method == "none" else MemoryEncoder(method, rate, preset, window)
 
     def saved_names(self):
         """The tensors that a checkpoint holds: all, but for those of a frozen base under a LoRA."""
@@ -169,8 +264,9 @@ class MemoryDiT(nn.Module):
         n = self.encoder.whole(hr.shape[2], start)
         parts = [self.encoder(hr[:, :, :n], lr, start)] if n else []
         if n < hr.shape[2]:
-            parts.append(self.encoder.embed_frames(hr[:, :, n:], start + n))
-        return torch.cat([p[0] for p in parts], dim=1), torch.cat([p[1] for p in parts])
+            frames = n + self.encoder.choose(hr.shape[2] - n)
+            parts.append(self.encoder.embed_frames(hr[:, :, frames], start + frames))
+        return join(parts)
 
     def forward(self, hr, lr, target, frames, noise, t, text):
         """The loss of both stages, a mean per sample (B,): denoise `target` (B, C, F', H, W), which belongs at times
@@ -183,42 +279,43 @@ class Memory:
 
     most: keep at most this many of the newest whole segments (None: all), and while it is young a causal codec's lone
     first latent. codec gives the low-resolution history.
+    The two pictures of --method keyframes stay whatever `most` is: the first is the point of that method.
     """
 
     def __init__(self, model, codec, most=None):
         self.model, self.codec, self.most = model, codec, most
-        self.segments = []              # (tokens (1, m, D), positions (m, 3), frames) of each segment that is kept
-        self.waiting = None             # latents of an unfinished segment, (1, C, F, H, W)
+        self.segments = []              # (tokens (1, m, D), positions, frames) of each segment that is kept
+        self.waiting = None             # latents (1, C, F, H, W) of an unfinished segment, or of frames kept as such
+        self.times = torch.arange(0)    # and their times (F,)
         self.frames = 0                 # latent frames appended so far: the time of the next one
 
     @torch.no_grad()
     def append(self, latents):
         """Add latents (1, C, F, H, W) to the end of the history."""
         encoder = self.model.encoder
+        times = torch.cat([self.times, self.frames + torch.arange(latents.shape[2])])
         self.frames += latents.shape[2]
         if encoder is None:
             return
         latents = latents if self.waiting is None else torch.cat([self.waiting, latents], dim=2)
-        start = self.frames - latents.shape[2]
-        while encoder.whole(latents.shape[2], start):       # one segment at a time bounds what the convolutions need
-            n = 1 if encoder.causal and start == 0 else encoder.segment
+        while encoder.whole(len(times), start := self.frames - len(times)):
+            n = 1 if encoder.causal and start == 0 else encoder.segment     # one at a time: convolutions need memory
             hr = latents[:, :, :n]
             self.segments.append((*encoder(hr, self.codec.downsample(hr, encoder.rate), start), n))
-            latents, start = latents[:, :, n:], start + n
-        self.waiting = latents
+            latents, times = latents[:, :, n:], times[n:]
+        kept = encoder.choose(len(times), self.most and self.most * encoder.segment)
+        self.waiting, self.times = latents[:, :, kept], times[kept]
         if self.most is not None:
             lone = self.segments[:1] if encoder.causal and len(self.segments) == self.most + 1 else []
             self.segments = lone + self.segments[-self.most:]
 
     @torch.no_grad()
     def context(self):
-        """What the DiT reads: (tokens (1, M, D), positions (M, 3)), or None for a model without memory."""
+        """What the DiT reads: (tokens (1, M, D), positions (M, 3) or (1, M, 3)), or None for a model without memory."""
         parts = [segment[:2] for segment in self.segments]
-        if self.waiting is not None and self.waiting.shape[2]:
-            parts.append(self.model.encoder.embed_frames(self.waiting, self.frames - self.waiting.shape[2]))
-        if not parts:
-            return None
-        return torch.cat([p[0] for p in parts], dim=1), torch.cat([p[1] for p in parts])
+        if len(self.times):
+            parts.append(self.model.encoder.embed_frames(self.waiting, self.times))
+        return join(parts) if parts else None
 
     @property
     def uncompressed(self):
@@ -226,7 +323,7 @@ class Memory:
         if self.waiting is None:
             return 0
         rows, columns = (-(-size // p) for size, p in zip(self.waiting.shape[3:], self.model.encoder.patch[1:]))
-        return (sum(n for *_, n in self.segments) + self.waiting.shape[2]) * rows * columns
+        return (sum(n for *_, n in self.segments) + len(self.times)) * rows * columns
 
 
 def load_model(path, base="", device=torch.device("cpu")):
@@ -234,7 +331,8 @@ def load_model(path, base="", device=torch.device("cpu")):
     LoRA belongs to, if it has one."""
     config = read_metadata(path)
     try:
-        model = MemoryDiT(config["preset"], config["method"], config["rate"], empty=True)
+        # checkpoints from before there were windows have none
+        model = MemoryDiT(config["preset"], config["method"], config["rate"], config.get("window", 1), empty=True)
     except KeyError as e:
         raise UserError(f"{path}: its config has no usable {e}; train it again") from None
     if config.get("lora"):

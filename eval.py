@@ -7,27 +7,37 @@
     python eval.py speed                           this machine, timed
     python eval.py judge --videos a.mp4 --endpoint URL --model NAME     ask a vision-language model (judge.py)
     python eval.py elo votes.csv                                        ratings from votes between pairs (judge.py)
+    python eval.py table1 runs/t1/*                      stage-1 runs side by side: the paper's Table 1, with pictures
 
 Every figure is printed with what produced it: checkpoint, step, seed, clips, sampler.
 """
+import csv
+import json
 import math
+import statistics
 import sys
+import time
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 import budget
 import judge
 from data import (Clip, Clips, make_codec, make_prompts, nearest_size, parse_flags, psnr, run_main, to_frames,
-                  to_pixels, world_clips)
+                  to_pixels, video_clips, world_clips)
 from encoder import load_model
 from finetune import FinetuneConfig, ask
-from model import PRESETS, UserError, autocast, euler, pick_device
-from pretrain import PretrainConfig, Tools, collate, draw_retrieval, generator, preview
-from video import read_video, video_info
+from model import PRESETS, UserError, autocast, euler, get_preset, pick_device, read_metadata
+from pretrain import PretrainConfig, Tools, collate, downsample, draw_retrieval, generator, preview
+from video import contact_strip, read_video, video_info, whole_file
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
@@ -55,6 +65,79 @@ def ssim(a, b):
     return index.mean((1, 2, 3))
 
 
+def load_published(module, folder, pattern, rename):
+    """Load weights as others publish them from the one .pth or .safetensors file in `folder` that fits `pattern`;
+    rename(name in file) gives the name here, or None to skip it. Strictly, and no code in the file can run.
+    Raises UserError."""
+    files = sorted(path for path in Path(folder).glob(pattern) if path.suffix in (".pth", ".safetensors"))
+    if len(files) != 1:
+        raise UserError(f"--lpips {folder} holds {len(files)} files {pattern} (.pth or .safetensors), not one: give a "
+                        "folder with torchvision's alexnet-owt-*.pth and the lpips package's alex.pth")
+    path = files[0]
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        found = {rename(name): value.float() for name, value in state.items() if rename(name)}
+    except Exception as e:
+        raise UserError(f"{path} is no file of weights ({str(e).splitlines()[0]}): download it again") from None
+    wanted = module.state_dict()
+    for name in {**wanted, **found}:
+        here, there = (tuple(x[name].shape) if name in x else "not there" for x in (wanted, found))
+        if here != there or not found[name].isfinite().all():
+            raise UserError(f"{path}: {name} is {there}, expected {here} and finite; is this another network's file?")
+    module.load_state_dict(found)
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual distance (Zhang et al. 2018; version 0.1, AlexNet) of uint8 frames (F, H, W, 3): one value a
+    frame, (F,), smaller is nearer. Weights are the user's: see load_published(). Raises UserError."""
+
+    # place in torchvision's `features`: channels in and out, kernel, stride, padding
+    convolutions = {0: (3, 64, 11, 4, 2), 3: (64, 192, 5, 1, 2), 6: (192, 384, 3, 1, 1), 8: (384, 256, 3, 1, 1),
+                    10: (256, 256, 3, 1, 1)}
+    pooled = (3, 6)                     # max-pooling stands before these
+
+    def __init__(self, folder):
+        super().__init__()
+        self.features = nn.ModuleDict({str(i): nn.Conv2d(*sizes) for i, sizes in self.convolutions.items()})
+        self.linear = nn.ModuleDict({f"lin{k}": nn.Conv2d(sizes[1], 1, 1, bias=False)
+                                     for k, sizes in enumerate(self.convolutions.values())})
+        backbone = lambda name: name.removeprefix("features.") if name.startswith("features.") else None
+        load_published(self.features, folder, "alexnet-owt-*", backbone)
+        load_published(self.linear, folder, "alex.*", lambda name: name.replace(".model.1.", "."))
+
+    @torch.no_grad()
+    def forward(self, a, b):
+        """See the class."""
+        if min(a.shape[1:3]) < 31:
+            raise UserError(f"LPIPS needs frames of at least 31 x 31 pixels, these are {a.shape[1]} x {a.shape[2]}: "
+                            "leave out --lpips")
+        device = self.features["0"].weight.device
+        x = torch.cat([a, b]).to(device).permute(0, 3, 1, 2) / 127.5 - 1        # (2F, 3, H, W) in [-1, 1]
+        shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]], device=device)[..., None, None]
+        x, distance = (x - shift) / scale, 0
+        for (i, convolution), linear in zip(self.features.items(), self.linear.values()):
+            x = F.max_pool2d(x, 3, 2) if int(i) in self.pooled else x
+            x = F.relu(convolution(x))
+            unit = x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
+            of_a, of_b = unit.chunk(2)
+            distance = distance + linear((of_a - of_b).square()).mean((1, 2, 3))
+        return distance.cpu()
+
+
+def open_lpips(config):
+    """The LPIPS of --lpips on its device, or None."""
+    return LPIPS(config.lpips).to(pick_device(config.device)) if config.lpips else None
+
+
+def measure(frames, truth, lpips):
+    """{metric: (n, F), a value a frame} of uint8 frames (n, F, H, W, 3); lpips: an LPIPS, or None to leave it out."""
+    metrics = dict(psnr=psnr, ssim=ssim) | ({"lpips": lpips} if lpips else {})
+    return {name: torch.stack([metric(a, b) for a, b in zip(frames, truth)]) for name, metric in metrics.items()}
+
+
 def interval(values):
     """Mean of a 1-D tensor and the half-width of its 95 % interval."""
     values = values.double()
@@ -67,14 +150,13 @@ def interval(values):
 
 @dataclass
 class EvalConfig:
-    """What both share."""
-    checkpoint: str = ""          # weights
+    """What all share."""
     clips: int = 64               # held-out stories
     steps: int = 20               # Euler steps
     shift: float = 3.0            # timestep shift of the sampler
     seed: int = 0                 # of the query frames and the noise
     batch: int = 8                # stories at once
-    out: str = ""                 # picture: original, model and difference rows
+    lpips: str = ""               # folder with alexnet-owt-*.pth (torchvision) and alex.pth (lpips): measure LPIPS too
     device: str = "auto"          # auto, cpu, cuda, mps
     cache: str = "cache"          # folder for encoded clips
 
@@ -93,14 +175,28 @@ class ContinuationConfig(EvalConfig):
     out: str = "out/continuation.png"  # picture: original, model and difference rows
 
 
-def open_checkpoint(config, stage):
-    """(model on its device, tools, training config) of --checkpoint, which must be of this stage."""
-    for key in ("clips", "steps", "batch"):
-        if getattr(config, key) < 1:
+@dataclass
+class Table1Config(EvalConfig):
+    clips: int = 256              # held-out stories
+    queries: int = 4              # frames retrieved of each
+    data: str = "world"           # "world" (the paper-doll world) or a folder of videos: its held-out part
+    out: str = "assets"           # folder for table1.md, .csv, .png, ...; with --data FOLDER, table1_video.md, ...
+
+
+def parse(cls, command, argv):
+    """The config of a command from its flags, checked."""
+    config = parse_flags(cls, command.__doc__, argv)
+    for key in ("clips", "steps", "batch", "queries"):
+        if getattr(config, key, 1) < 1:
             raise UserError(f"--{key} {getattr(config, key)}: must be at least 1")
-    model, trained = load_model(config.checkpoint)
+    return config
+
+
+def open_checkpoint(path, config, stage):
+    """(model on its device, tools, training config) of a checkpoint, which must be of this stage."""
+    model, trained = load_model(path)
     if trained["stage"] != stage:
-        raise UserError(f"{config.checkpoint} is of stage {trained['stage']}: give one of {stage}.py")
+        raise UserError(f"{path} is of stage {trained['stage']}: give one of {stage}.py")
     model.to(pick_device(config.device))
     preset = PRESETS[model.preset]
     return model, Tools(preset, make_codec(preset), make_prompts(preset), model.encoder), trained
@@ -117,68 +213,372 @@ def own_clip(config, tools):
 
 
 @torch.no_grad()
-def reconstruct(model, tools, draw, n_clips, config):
+def reconstruct(model, tools, draw, n_clips, config, controls=True):
     """Denoise the targets of draw(rows) with several memories. Returns {name: frames uint8 (n, F', H, W, 3)}: truth;
-    codec, its ceiling; one_step, from pure noise at once; model, the full sampler; the same with no_memory, and with
-    wrong_memory, that of the next clip (if there is one)."""
+    codec, its ceiling; one_step, from pure noise at once; model, the full sampler; and, as controls, the same with
+    no_memory, and with wrong_memory, that of the next clip (if there is one). And age (n, F'), how many latent frames
+    before the newest of the history each belongs."""
     device = next(model.parameters()).device
     results = {}
     for first in tqdm(range(0, n_clips, config.batch), desc="evaluating"):
         rows = range(first, min(first + config.batch, n_clips))
-        batch, other = draw(rows).to(device), draw([(row + 1) % n_clips for row in rows]).to(device)
-        made = {"truth": batch.truth, "codec": batch.target}
+        batch = draw(rows).to(device)
+        made = {"truth": batch.truth, "age": batch.hr.shape[2] - 1 - batch.frames, "codec": batch.target}
         with autocast(device):
             def sample(memory, steps=config.steps):
                 return euler(model.dit, batch.noise, batch.text, batch.frames, memory, steps, config.shift).float()
             memory = model.encode(batch.hr, batch.lr)
-            made.update(one_step=sample(memory, 1), model=sample(memory), no_memory=sample(None))
-            if n_clips > 1:
+            made.update(one_step=sample(memory, 1), model=sample(memory))
+            if controls:
+                made["no_memory"] = sample(None)
+            if controls and n_clips > 1:
+                other = draw([(row + 1) % n_clips for row in rows]).to(device)
                 made["wrong_memory"] = sample(model.encode(other.hr, other.lr))
         for name, x in made.items():
-            results.setdefault(name, []).append((x if name == "truth" else to_frames(tools.codec.decode(x))).cpu())
+            x = x if name in ("truth", "age") else to_frames(tools.codec.decode(x))
+            results.setdefault(name, []).append(x.cpu())
     return {name: torch.cat(x) for name, x in results.items()}
 
 
-def report(made, trained, config, what):
+def report(made, trained, config, what, lpips):
     """Print a row for each result of reconstruct(), and draw the first clips."""
-    truth = made.pop("truth")
+    truth, _ = made.pop("truth"), made.pop("age")
     print(f"{config.checkpoint}: {trained['method']} {trained['rate']}, step {trained['step']}, "
           f"seed {trained['seed']}; {len(truth)} clips x {truth.shape[1]} frames, {what}, noise seed {config.seed}, "
           f"{config.steps} Euler steps, shift {config.shift:g}")
-    print(f"{'':14}{'PSNR dB':>18}{'SSIM':>16}     mean over clips with its 95 % interval")
+    print(f"{'':14}{'PSNR dB':>18}{'SSIM':>16}{'LPIPS':>16}     mean over clips with its 95 % interval")
     for name, frames in made.items():
-        p = interval(psnr(frames, truth).mean(1))
-        s = interval(ssim(frames.flatten(0, 1), truth.flatten(0, 1)).view(len(truth), -1).mean(1))
-        print(f"{name:14}{p[0]:10.2f} ± {p[1]:5.2f}{s[0]:8.3f} ± {s[1]:5.3f}")
+        p, s, *rest = (interval(values.mean(1)) for values in measure(frames, truth, lpips).values())
+        last = f"{rest[0][0]:8.3f} ± {rest[0][1]:5.3f}" if rest else f"{'n/a':>16}"
+        print(f"{name:14}{p[0]:10.2f} ± {p[1]:5.2f}{s[0]:8.3f} ± {s[1]:5.3f}{last}")
     preview(Path(config.out), truth, made["model"])
     print(f"wrote {config.out}")
 
 
 def retrieval(argv):
     """Retrieve frames of the history from memory: PSNR, SSIM and a picture."""
-    config = parse_flags(RetrievalConfig, retrieval.__doc__, argv)
-    model, tools, trained = open_checkpoint(config, "pretrain")
+    config = parse(RetrievalConfig, retrieval, argv)
+    lpips = open_lpips(config)
+    model, tools, trained = open_checkpoint(config.checkpoint, config, "pretrain")
     clips = own_clip(config, tools) if config.history else world_clips(
         "held-out", config.clips, tools.preset, tools.codec, config.cache, keep_pixels=True)
     settings = PretrainConfig(mask="none", text_drop=1.0, queries=config.queries, seed=config.seed)
     made = reconstruct(model, tools, lambda rows: draw_retrieval(settings, tools, clips, rows, 0), len(clips), config)
-    report(made, trained, config, "no prompts")
+    report(made, trained, config, "no prompts", lpips)
 
 
 def continuation(argv):
     """Write the section after a full history of held-out stories: PSNR and SSIM against the true one; a picture."""
-    config = parse_flags(ContinuationConfig, continuation.__doc__, argv)
-    model, tools, trained = open_checkpoint(config, "finetune")
+    config = parse(ContinuationConfig, continuation, argv)
+    lpips = open_lpips(config)
+    model, tools, trained = open_checkpoint(config.checkpoint, config, "finetune")
     clips = world_clips("held-out", config.clips, tools.preset, tools.codec, config.cache, keep_pixels=True)
     begin = tools.preset.history
     settings = FinetuneConfig(seed=config.seed)
     draw = lambda rows: collate([ask(settings, tools, clips[row], 0, begin, clips[row].text(begin, tools.prompts),
                                      generator(config.seed, row)) for row in rows])
-    report(reconstruct(model, tools, draw, len(clips), config), trained, config, "with prompts")
+    report(reconstruct(model, tools, draw, len(clips), config), trained, config, "with prompts", lpips)
 
 
-COMMANDS = {"retrieval": retrieval, "continuation": continuation, "budget": budget.budget, "speed": budget.speed,
-            "judge": judge.judge, "elo": judge.elo}
+# ---------------------------------------------------------------------------------------------------------------------
+# Table 1: the methods side by side
+
+# PSNR, SSIM and LPIPS of the paper's first version: Wan and Hunyuan on its own videos
+PAPER = {("large-patchifier", "4x4x2"): (12.93, 0.412, 0.365), ("only-lr", "4x4x2"): (15.21, 0.472, 0.212),
+         ("without-lr", "4x4x2"): (15.73, 0.423, 0.198), ("proposed", "4x4x2"): (17.41, 0.596, 0.171),
+         ("proposed", "2x2x2"): (19.12, 0.683, 0.152), ("proposed", "2x2x1"): (20.19, 0.705, 0.121)}
+EXPECTED = ([(method, "4x4x2") for method in ("proposed", "without-lr", "only-lr", "large-patchifier")],
+            [("proposed", "4x4x2"), ("token-merging", "4x4x2")],
+            [("proposed", rate) for rate in ("2x2x1", "2x2x2", "4x4x2")])           # best first
+# what all rows share; they differ in method, rate and seed, and each may have the learning rate that suits it
+SAME = ("preset", "init", "data", "clips", "steps", "batch", "mask", "queries", "text_drop", "t_mean", "t_std")
+
+
+@dataclass
+class Row:
+    """What is known of one run, or of the codec."""
+    method: str
+    rate: str                     # "" where there is none
+    values: dict                  # {psnr, ssim, lpips (if measured), psnr_one_step: (n, F), a value a frame}
+    pictures: torch.Tensor        # of the first clips, (k, F, H, W, 3) uint8
+    costs: dict                   # of φ, see costs()
+    folder: str = ""              # the run
+    trained: dict = None          # its config
+
+    @property
+    def name(self):
+        return f"{self.method} {self.rate}".strip()
+
+    @property
+    def psnr(self):
+        """A clip's mean, (n,), dB."""
+        return self.values["psnr"].mean(1)
+
+
+def rate_of(config):
+    """The rate of a run, "" for a method that has none."""
+    return "" if config["method"] == "full" else config["rate"]
+
+
+def read_runs(folders):
+    """{folder: training config} of finished stage-1 runs that may stand in one table. Raises UserError naming the
+    first difference."""
+    if not folders:
+        raise UserError("eval.py table1 needs finished runs of pretrain.py: give their folders, before the flags")
+    runs = {}
+    for folder in folders:
+        config = read_metadata(Path(folder) / "model.safetensors")
+        if config["stage"] != "pretrain":
+            raise UserError(f"{folder} is of stage {config['stage']}: give runs of pretrain.py")
+        if config["step"] < config["steps"]:
+            raise UserError(f"{folder} stopped at step {config['step']} of {config['steps']}: "
+                            "finish it with pretrain.py --resume")
+        if not (Path(folder) / "log.jsonl").is_file():
+            raise UserError(f"{folder} has no log.jsonl: give the whole run folder, its curve is drawn")
+        for other, theirs in runs.items():
+            for key in SAME:
+                if config.get(key) != theirs.get(key):
+                    raise UserError(f"{folder} has --{key} {config.get(key)} but {other} has {theirs.get(key)}: "
+                                    "the rows of one table must be trained alike")
+            if len({(c["method"], rate_of(c), c["seed"]) for c in (config, theirs)}) == 1:
+                raise UserError(f"{folder} and {other} are both {config['method']} {rate_of(config)} with seed "
+                                f"{config['seed']}: give one of them")
+        runs[folder] = config
+    return runs
+
+
+def retrieve(model, tools, clips, config, lpips):
+    """Retrieve the query frames of all clips, without prompts. Returns ({codec, one_step, model: {metric: (n, F)}}, age
+    (n, F) of each frame in latent frames, {truth, codec, model: frames of the first clips})."""
+    settings = PretrainConfig(mask="none", text_drop=1.0, queries=config.queries, seed=config.seed)
+    values, ages, pictures = {}, [], None
+    for members in clips.sizes.values():                            # a batch is of one size
+        some = [clips[i] for i in members]
+        draw = lambda rows: draw_retrieval(settings, tools, some, rows, 0)
+        made = reconstruct(model, tools, draw, len(some), config, controls=False)
+        ages.append(made.pop("age"))
+        pictures = pictures or {name: frames[:2] for name, frames in made.items()}
+        truth = made.pop("truth")
+        for name, frames in made.items():
+            for metric, x in measure(frames, truth, lpips).items():
+                values.setdefault(name, {}).setdefault(metric, []).append(x)
+    values = {name: {metric: torch.cat(x) for metric, x in parts.items()} for name, parts in values.items()}
+    return values, torch.cat(ages), pictures
+
+
+def costs(model, tools, size):
+    """{column: value} of φ of a full history of latents of this size: tokens, parameters, and time (median of 5, on one
+    clip; the low-resolution history included for methods that read it)."""
+    p, device = tools.preset, next(model.parameters()).device
+    hr = torch.randn(1, p.dit.in_dim, p.history, *size, device=device)
+    lr, milliseconds = downsample(tools, hr), []
+    for _ in range(6):
+        started = time.perf_counter()
+        with torch.no_grad(), autocast(device):
+            lr = downsample(tools, hr) if model.method in ("proposed", "only-lr") else lr
+            tokens = model.encode(hr, lr)[0].shape[1]
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        milliseconds.append(1000 * (time.perf_counter() - started))
+    return {"tokens_per_second": tokens * p.fps / (p.history * tools.codec.stride[0]),
+            "channels_per_latent_value": tokens * p.dit.dim / hr.numel(),
+            "encoder_parameters": sum(x.numel() for x in model.encoder.parameters()),
+            "encoder_ms": round(statistics.median(milliseconds[1:]), 2)}        # the first one warms up
+
+
+def bootstrap(difference, resamples=10_000):
+    """Mean of paired differences (n,), one a clip, and its 95 % interval over resampled clips: (mean, low, high)."""
+    if len(difference) < 2:
+        return difference.mean().item(), math.nan, math.nan
+    picks = torch.randint(len(difference), (resamples, len(difference)), generator=torch.Generator().manual_seed(0))
+    means = difference.double()[picks].mean(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return difference.mean().item(), low, high
+
+
+def compare(rows):
+    """Lines of Markdown: paired differences between neighbours of the table, then between what the paper puts in order.
+    rows: without the codec, best first."""
+    found = {(row.method, row.rate): row for row in rows}
+    expected = [(found[a], found[b]) for chain in EXPECTED for a, b in combinations(chain, 2) if {a, b} <= set(found)]
+    lines = []
+    for title, pairs in ("Neighbours in the table", zip(rows, rows[1:])), ("The paper's order", expected):
+        lines += ["", f"{title}: difference in PSNR on the same clips, dB, with its 95 % interval (bootstrap over "
+                  "clips, 10,000 resamples).", "",
+                  "| A above B | difference | interval | holds | paper's difference |", "|---|---|---|---|---|"]
+        for a, b in pairs:
+            mean, low, high = bootstrap(a.psnr - b.psnr)
+            theirs = [PAPER.get((row.method, row.rate), (math.nan,))[0] for row in (a, b)]
+            gap = "–" if math.isnan(sum(theirs)) else f"{theirs[0] - theirs[1]:+.2f}"
+            holds = "yes" if low > 0 else "no" if high < 0 else "undecided"
+            lines.append(f"| {a.name} above {b.name} | {mean:+.2f} | {low:+.2f} to {high:+.2f} | {holds} | {gap} |")
+    return lines
+
+
+def record(row):
+    """{column: value} of a row of the CSV: "" where there is none."""
+    columns = {"method": row.method, "rate": row.rate, "tokens_per_second": row.costs.get("tokens_per_second", "")}
+    for metric in "psnr", "ssim", "lpips", "psnr_one_step":
+        mean, half = interval(row.values[metric].mean(1)) if metric in row.values else (math.nan,) * 2
+        absent = "n/a" if metric == "lpips" else ""
+        for column, value in (metric, mean), (f"{metric}_low", mean - half), (f"{metric}_high", mean + half):
+            columns[column] = round(value, 4) if metric in row.values else absent
+    columns |= {key: row.costs.get(key, "") for key in
+                ("channels_per_latent_value", "encoder_parameters", "encoder_ms")}
+    theirs = PAPER.get((row.method, row.rate), ("", "", ""))
+    return columns | dict(zip(("paper_psnr", "paper_ssim", "paper_lpips"), theirs))
+
+
+def table(rows):
+    """Lines of Markdown: a row each."""
+    heads = ("method", "rate", "tokens/s", "PSNR, dB", "SSIM", "LPIPS", "PSNR, one step", "channels a latent value",
+             "φ, parameters", "φ of 20 s, ms", "*paper: PSNR*", "*SSIM*", "*LPIPS*")
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in rows:
+        c = record(row)
+        cells = [row.method, row.rate, c["tokens_per_second"]]
+        for metric, digits in ("psnr", 2), ("ssim", 3), ("lpips", 3), ("psnr_one_step", 2):
+            half = c[f"{metric}_high"] - c[metric] if metric in row.values else None
+            cells.append(c[metric] if half is None else f"{c[metric]:.{digits}f} ± {half:.{digits}f}")
+        cells += [c[key] for key in ("channels_per_latent_value", "encoder_parameters", "encoder_ms")]
+        cells += [f"*{c[key]}*" if c[key] else "" for key in ("paper_psnr", "paper_ssim", "paper_lpips")]
+        lines.append("| " + " | ".join(f"{x:.4g}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else x
+                                       for x in cells) + " |")
+    return lines
+
+
+def describe(rows, everything, config, n_clips):
+    """The Markdown file: the table, paired differences, the spread over seeds, and what produced it all."""
+    trained = everything[0].trained
+    lines = ["# Frame retrieval", "",
+             f"{n_clips} held-out clips x {config.queries} frames of {config.data}, clean histories, no prompts; "
+             f"{config.steps} Euler steps, shift {config.shift:g}, seed {config.seed} of queries and noise. Mean over "
+             "clips ± 95 % interval, against the original pixels; `codec` is the ceiling. Trained alike: "
+             f"{trained['steps']} steps of {trained['batch']} clips of {trained['data']}, from {trained['init']}, "
+             f"--mask {trained['mask']}, preset {trained['preset']}.", "", *table(rows), "",
+             "*In italics: the figures of the paper's first version. Other data, another base, another codec: only the "
+             "order can be compared.*", *compare(rows[1:]), "",
+             "| row | checkpoint | step | seed | learning rate | PSNR |", "|---|---|---|---|---|---|"]
+    for row in everything:
+        t = row.trained
+        lines.append(f"| {row.name} | {row.folder} | {t['step']} | {t['seed']} | {t['lr']:g} | {row.psnr.mean():.2f} |")
+    spreads = [f"{name} {statistics.stdev(x):.2f} ({len(x)} seeds)" for name, x in by_seed(everything).items()
+               if len(x) > 1]
+    return lines + ["", "Standard deviation of PSNR over training seeds, dB: " + ("; ".join(spreads) or "one seed only")
+                    + "."]
+
+
+def by_seed(everything):
+    """{name: [mean PSNR of each run]}."""
+    found = {}
+    for row in everything:
+        found.setdefault(row.name, []).append(row.psnr.mean().item())
+    return found
+
+
+def write_csv(path, records):
+    with whole_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, records[0])
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def write_seeds(path, everything):
+    """A CSV of all runs, with the spread over the seeds of each method and rate."""
+    records = []
+    for row in everything:
+        values = by_seed(everything)[row.name]
+        c = record(row)
+        figures = {key: c[key] for key in ("psnr", "psnr_low", "psnr_high", "ssim", "lpips", "psnr_one_step")}
+        records.append({"method": row.method, "rate": row.rate, "seed": row.trained["seed"],
+                        "step": row.trained["step"], **figures, "seeds": len(values),
+                        "psnr_mean_of_seeds": round(statistics.mean(values), 4),
+                        "psnr_deviation_of_seeds": round(statistics.stdev(values), 4) if len(values) > 1 else ""})
+    write_csv(path, records)
+
+
+@contextmanager
+def plot(path, x, y):
+    """Axes to draw labelled lines on; written to `path` at the end."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    yield axes
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=130)
+
+
+def draw_curves(path, rows, everything):
+    """PSNR over the steps of every run, from its log; a colour a row, thin for the seeds that are not in the table."""
+    trained = everything[0].trained
+    with plot(path, "step", f"PSNR, dB ({trained['held_out']} clips, {trained['sample_steps']} Euler steps)") as axes:
+        for i, row in enumerate(rows):
+            for one in (one for one in everything if one.name == row.name):
+                log = [json.loads(line) for line in (Path(one.folder) / "log.jsonl").read_text().splitlines()]
+                points = [(entry["step"], entry["psnr"]) for entry in log if "psnr" in entry]
+                axes.plot(*zip(*points), color=f"C{i}", marker=".", linewidth=1.6 if one is row else 0.6,
+                          label=row.name if one is row else None)
+
+
+def by_age(values, ages, section):
+    """{sections back, 0 for the newest: mean} of values (n, F) of frames of these ages (n, F)."""
+    bins = ages.long() // section
+    return {k: values[bins == k].mean().item() for k in bins.unique().tolist()}
+
+
+def draw_ages(path, rows, ages, section, seconds):
+    """PSNR by how long before the end of the history a frame was seen, in bins of a section, so many seconds long."""
+    with plot(path, "age of the frame, s", "PSNR, dB") as axes:
+        for row in rows:
+            found = by_age(row.values["psnr"], ages, section)
+            axes.plot([(k + 0.5) * seconds for k in found], found.values(), marker=".", label=row.name)
+
+
+def table1(argv):
+    """RUN...: retrieve the same frames with finished runs of pretrain.py; a table, paired differences, pictures."""
+    n = next((i for i, arg in enumerate(argv) if arg.startswith("-")), len(argv))
+    config = parse(Table1Config, table1, argv[n:])
+    runs, lpips = read_runs(argv[:n]), open_lpips(config)
+    preset = get_preset(next(iter(runs.values()))["preset"])
+    codec = make_codec(preset)
+    if config.data == "world":
+        clips = world_clips("held-out", config.clips, preset, codec, config.cache, keep_pixels=True)
+    else:
+        clips = video_clips(config.data, preset, codec, config.cache)[1]
+    everything = []
+    for folder, trained in runs.items():
+        print(f"{folder}: {trained['method']} {trained['rate']}, seed {trained['seed']}")
+        model, tools, _ = open_checkpoint(Path(folder) / "model.safetensors", config, "pretrain")
+        values, ages, pictures = retrieve(model, tools, clips, config, lpips)
+        figures = values["model"] | {"psnr_one_step": values["one_step"]["psnr"]}
+        everything.append(Row(model.method, rate_of(trained), figures, pictures["model"],
+                              costs(model, tools, clips[0].latents.shape[2:]), folder, trained))
+    everything.sort(key=lambda row: (row.name, row.trained["seed"]))
+    rows = list({row.name: row for row in reversed(everything)}.values())           # the lowest seed of each
+    rows = [Row("codec", "", values["codec"], pictures["codec"], {}),
+            *sorted(rows, key=lambda row: row.psnr.mean(), reverse=True)]
+
+    stem = Path(config.out) / ("table1" if config.data == "world" else "table1_video")
+    text = "\n".join(describe(rows, everything, config, len(clips))) + "\n"
+    with whole_file(f"{stem}.md") as part:
+        part.write_text(text, encoding="utf-8")
+    write_csv(f"{stem}.csv", [record(row) for row in rows])
+    write_seeds(f"{stem}_seeds.csv", everything)
+    draw_curves(f"{stem}_curves.png", rows[1:], everything)
+    seconds = codec.stride[0] / preset.fps                          # a latent frame
+    draw_ages(f"{stem}_age.png", rows[1:], ages, preset.section, preset.section * seconds)
+    label = lambda row: row.name.replace(" ", "\n") + f"\n{row.psnr.mean():.1f} dB"
+    age = ages[:len(pictures["truth"])].flatten() * seconds
+    strips = [("original", pictures["truth"]), *((label(row), row.pictures) for row in rows)]
+    contact_strip([(name, frames.flatten(0, 1)) for name, frames in strips], f"{stem}.png",
+                  [f"{x:g} s ago" for x in age.tolist()])
+    print(text + f"wrote {stem}.md, .csv, .png, _seeds.csv, _curves.png and _age.png")
+
+
+COMMANDS = {"retrieval": retrieval, "continuation": continuation, "table1": table1, "budget": budget.budget,
+            "speed": budget.speed, "judge": judge.judge, "elo": judge.elo}
 
 
 def main():

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from data import parse_flags, run_main
+from encoder import FRAME_METHODS
 from model import UserError, load_weights, read_metadata, sample_t
 from pretrain import Batch, Config, collate, downsample, generator, setup, train
 
@@ -74,8 +75,9 @@ def ask(config, tools, clip, first, begin, text, g):
 
 
 def encoder_file(config):
-    """The weights of --encoder; refuses a run of another preset, method or rate. None for a fresh φ, or none at all."""
-    if config.method == "none" or config.encoder == "none":
+    """The weights of --encoder; refuses a run of another preset, method or rate. None for a fresh φ, one of a method
+    without stage 1, or none at all."""
+    if config.method in (*FRAME_METHODS, "none") or config.encoder == "none":
         return None
     path = Path(config.encoder)
     path = path / "model.safetensors" if path.is_dir() else path

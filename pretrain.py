@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import make_codec, make_prompts, open_dataset, parse_flags, psnr, run_main, to_frames
-from encoder import MemoryDiT
+from encoder import FRAME_METHODS, MemoryDiT
 from model import (Preset, UserError, add_lora, add_noise, autocast, euler, get_preset, load_base, pick_device,
                    product_dtype, sample_t)
 from video import contact_strip, whole_file
@@ -35,8 +35,9 @@ from wan import comfy_name
 class Config:
     """What both stages share."""
     preset: str = "nano"          # model and data sizes: nano, small, wan-1.3b, wan-14b
-    method: str = "proposed"      # proposed, only-lr, without-lr, none
+    method: str = "proposed"      # what memory is: encoder.py lists the methods, and an unknown name prints them
     rate: str = "4x4x2"           # compression on the DiT's token grid, rows x columns x frames
+    window: int = 1               # latent frames that --method sliding-window keeps
     data: str = "world"           # "world" (paper dolls), a folder of videos with captions, or one of data.py cache
     out: str = "runs/pretrain"    # run folder: model.safetensors, state.pt, log.jsonl, previews
     init: str = "checkpoints/nano-base.safetensors"    # base DiT: a file or folder of weights, or "random"
@@ -115,9 +116,8 @@ def whole(tools, n_frames):
 
 def downsample(tools, hr):
     """The low-resolution history of whole segments of hr (B, C, F, H, W)."""
-    if tools.encoder is None:
-        return hr[:, :, :0]
-    return tools.codec.downsample(hr[:, :, :tools.encoder.whole(hr.shape[2])], tools.encoder.rate)
+    n = tools.encoder.whole(hr.shape[2]) if tools.encoder else 0
+    return tools.codec.downsample(hr[:, :, :n], tools.encoder.rate) if n else hr[:, :, :0]
 
 
 def draw_retrieval(config, tools, clips, rows, step):
@@ -370,12 +370,14 @@ def describe(config, model, tools, world):
     print(f"batch {config.batch} = {world} processes x {config.batch / world:g} clips, "
           f"at most {config.micro_batch} at once")
     if model.encoder:
-        p, (f, h, w) = tools.preset, model.encoder.block
+        p = tools.preset
         height, width = (size // stride for size, stride in zip(p.sizes[0], tools.codec.stride[1:]))    # of a latent
-        tokens = -(-p.history // f) * -(-height // h) * -(-width // w)
+        history = torch.zeros(1, p.dit.in_dim, p.history, height, width, device=next(model.parameters()).device)
+        with torch.no_grad():
+            tokens = model.encode(history, downsample(tools, history))[0].shape[1]
         print(f"memory: {tokens} tokens for a history of {p.history} latents of {height}x{width} (uncompressed: "
               f"{p.history * height * width // 4}); "
-              f"{p.dit.dim / (p.dit.in_dim * f * h * w):.3g} channels a latent value")
+              f"{p.dit.dim * tokens / history.numel():.3g} channels a latent value")
 
 
 def start_log(out, first):
@@ -414,7 +416,8 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
         for block in model.dit.blocks:
             block.compile()                                         # in place: parameter names stay as they are
     devices = [device.index] if device.type == "cuda" else None
-    unused = config.method == "without-lr"                          # its patch embedding only sees unfinished segments
+    # their patch embedding only sees unfinished segments
+    unused = config.method in ("without-lr", "large-patchifier")
     # every process made the same weights from the seed and the files: no need to send a frozen base around
     ddp = DistributedDataParallel(model, devices, find_unused_parameters=unused,
                                   init_sync=not config.lora) if world > 1 else model
@@ -481,7 +484,7 @@ def check(config):
     for key in ("lora", "optimizer", "lr"):
         if getattr(config, key) is None:
             setattr(config, key, getattr(preset, key))
-    for key in ("steps", "batch", "micro_batch", "save_every", "held_out", "sample_steps", "clips"):
+    for key in ("steps", "batch", "micro_batch", "save_every", "held_out", "sample_steps", "clips", "window"):
         if getattr(config, key) < 1:
             raise UserError(f"--{key} {getattr(config, key)}: must be at least 1")
     if config.optimizer not in ("muon", "adamw"):
@@ -492,7 +495,7 @@ def check(config):
 def make_model(config, preset, device):
     """The DiT with the base's weights, frozen under a fresh LoRA if one is asked for, and a fresh φ."""
     torch.manual_seed(config.seed)
-    model = MemoryDiT(config.preset, config.method, config.rate, empty=config.init != "random")
+    model = MemoryDiT(config.preset, config.method, config.rate, config.window, empty=config.init != "random")
     if config.init != "random":
         load_base(model.dit, config.init, device, frozen=bool(config.lora))
     if model.encoder:
@@ -522,6 +525,9 @@ def main():
     if config.queries < 1 or config.method == "none":
         raise UserError(f"--queries {config.queries} --method {config.method}: "
                         "frame retrieval needs queries and a memory")
+    if config.method in FRAME_METHODS:
+        raise UserError(f"--method {config.method}: it forgets most frames, so there is nothing to retrieve; "
+                        f"it has no stage 1, go on with finetune.py --method {config.method}")
     model, *rest = setup(config)
     # figures are for clean histories, without prompts: only memory can answer
     train(config, "pretrain", draw_retrieval, replace(config, mask="none", text_drop=1.0), model, *rest)

@@ -5,10 +5,11 @@ Data is tiny, seeded and made here. What needs the official Wan fixtures (../sha
 """
 import base64
 import contextlib
+import csv
 import dataclasses
-import importlib.util
 import hashlib
 import http.server
+import importlib.util
 import io
 import itertools
 import json
@@ -366,11 +367,12 @@ def test_weights_in_shards(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # encoder.py
 
+SEGMENT_METHODS = ("proposed", "only-lr", "without-lr", "large-patchifier", "token-merging", "full")
 RATES = {"4x4x2": 80, "2x2x2": 320, "2x2x1": 640, "4x4x4": 40, "1x1x1": 2560, "8x8x1": 40}    # tokens of 40 nano frames
 
 
-def make_encoder(method="proposed", rate="4x4x2", preset="tiny", seed=0):
-    return randomize(MemoryEncoder(method, rate, preset), seed)
+def make_encoder(method="proposed", rate="4x4x2", preset="tiny", seed=0, **settings):
+    return randomize(MemoryEncoder(method, rate, preset, **settings), seed)
 
 
 def box_mean(hr, rate):
@@ -381,10 +383,11 @@ def box_mean(hr, rate):
     return torch.cat([F.avg_pool3d(part, rate) for part in parts], 2)
 
 
+@pytest.mark.parametrize("method", ["proposed", "large-patchifier"])
 @pytest.mark.parametrize("rate", RATES)
 @torch.no_grad()
-def test_encoder_tokens_stand_at_the_centres_of_their_blocks(rate):
-    encoder, codec, hr = make_encoder("proposed", rate, "nano"), DCTCodec(), randn(1, 16, 40, 16, 16)
+def test_encoder_tokens_stand_at_the_centres_of_their_blocks(rate, method):
+    encoder, codec, hr = make_encoder(method, rate, "nano"), DCTCodec(), randn(1, 16, 40, 16, 16)
     tokens, positions = encoder(hr, codec.downsample(hr, encoder.rate), start=100)
     t, h, w = encoder.rate
     expected = [(100 + f + (t - 1) / 2, i + (h - 1) / 2, j + (w - 1) / 2)
@@ -406,7 +409,7 @@ def test_encoder_tokens_of_20_seconds_of_wan(frames, count):
 
 
 @pytest.mark.parametrize("preset, first", [("tiny", 8), ("tiny-wan", 9)])
-@pytest.mark.parametrize("method", ["proposed", "only-lr", "without-lr"])
+@pytest.mark.parametrize("method", SEGMENT_METHODS)
 @torch.no_grad()
 def test_encoder_appends_sections_without_touching_the_history(method, preset, first):
     codec = DCTCodec() if preset == "tiny" else SimpleNamespace(downsample=box_mean)
@@ -469,14 +472,14 @@ def without_attention(encoder):
 
 
 @pytest.mark.parametrize("rate", ["4x4x2", "8x8x1"])
-@pytest.mark.parametrize("method", ["only-lr", "without-lr", "proposed"])
+@pytest.mark.parametrize("method", ["only-lr", "without-lr", "proposed", "large-patchifier"])
 @torch.no_grad()
 def test_encoder_blocks_answer_where_they_are(method, rate):
     """A change in the middle of a block moves the token that stands there most, and its neighbours evenly."""
     codec, energy = DCTCodec(), 0
     for seed in range(40):
         encoder = make_encoder(method, rate, "tiny", seed)
-        encoder = encoder if method == "only-lr" else without_attention(encoder)
+        encoder = without_attention(encoder) if hasattr(encoder, "hr") else encoder
         t, h, w = encoder.rate
         x = randn(1, 16, 4, 2 * 3 * h, 2 * 5 * w, seed=seed)
         y = x.clone()
@@ -488,7 +491,7 @@ def test_encoder_blocks_answer_where_they_are(method, rate):
     assert torch.equal(positions[energy.argmax()], centre)
     mass = (energy[:, None] * positions).sum(0) / energy.sum()
     assert ((mass - centre).abs() < 0.1 * torch.tensor([h, w])).all()
-    if method == "only-lr":
+    if method in ("only-lr", "large-patchifier"):
         assert (energy > 1e-9).sum() == 1
 
 
@@ -508,23 +511,109 @@ def test_encoder_high_resolution_branch_is_centred(rate):
         assert (grid(x) - grid(x).flip(axis)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("method", ["only-lr", "without-lr", "proposed"])
+@pytest.mark.parametrize("method", SEGMENT_METHODS)
 @torch.no_grad()
 def test_encoder_pads_odd_sizes_alike_in_both_branches(method):
     encoder, codec, x = make_encoder(method, "2x2x2"), DCTCodec(), randn(1, 16, 4, 15, 13)
-    padded = F.pad(x, (0, 3, 0, 1, 0, 0), mode="replicate")
+    tokenwise = method in ("token-merging", "full")                 # these pad to whole tokens, not to whole blocks
+    padded = F.pad(x, (0, 1 if tokenwise else 3, 0, 1, 0, 0), mode="replicate")
     a, b = (encoder(z, codec.downsample(z, encoder.rate)) for z in (x, padded))
-    assert a[0].shape == (1, 2 * 4 * 4, 48) and torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    assert a[0].shape == (1, 4 * 8 * 7 if method == "full" else 2 * 4 * 4, 48)
+    assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
-def test_encoder_gradient_reaches_both_branches_and_every_segment():
-    encoder, codec = make_encoder(), DCTCodec()
+@pytest.mark.parametrize("method", SEGMENT_METHODS)
+def test_encoder_gradient_reaches_every_weight_and_every_segment(method):
+    encoder, codec = make_encoder(method), DCTCodec()
     hr = randn(1, 16, 12, 8, 8).requires_grad_()
     lr = codec.downsample(hr.detach(), encoder.rate).requires_grad_()
     encoder(hr, lr)[0].square().sum().backward()
-    assert (hr.grad.abs().amax((0, 1, 3, 4)) > 0).all() and (lr.grad.abs().amax((0, 1, 3, 4)) > 0).all()
+    for x, read in (hr, method != "only-lr"), (lr, method in ("proposed", "only-lr")):
+        assert (x.grad.abs().amax((0, 1, 3, 4)) > 0).all() if read else x.grad is None
+    waits = method in ("without-lr", "large-patchifier")            # their patch embedding is for unfinished segments
     for name, p in encoder.named_parameters():
-        assert p.grad.abs().max() > 0 or name == "hr.attention.k.bias", name
+        if waits and name.startswith("patch_embedding"):
+            assert p.grad is None
+        else:
+            assert p.grad.abs().max() > 0 or name == "hr.attention.k.bias", name
+
+
+@pytest.mark.parametrize("rate", ["4x4x2", "2x2x1", "8x8x4"])
+@torch.no_grad()
+def test_large_patchifier_begins_as_the_patchify_of_averaged_latents(rate):
+    dit = MemoryDiT("tiny", "large-patchifier", rate)
+    randomize(dit.dit)
+    dit.encoder.start_from(dit.dit)
+    x = randn(2, 16, 8, 16, 32)
+    expected = dit.dit.patch_embedding(F.avg_pool3d(x, dit.encoder.rate))
+    assert expected.std() > 0.01 and (dit.encode(x, x)[0] - expected).abs().max() < 1e-5
+    flat = torch.ones_like(x) * randn(1, 16, 1, 1, 1)
+    assert (dit.encode(flat, flat)[0] - dit.dit.patch_embedding(flat)[:, :1]).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_token_merging_averages_what_is_alike():
+    """Of a segment of two colours no token is of both; each is the mean of all that it holds, where those are."""
+    phi = make_encoder("token-merging", "4x4x1")                    # 8 tokens for 4 frames of 8 x 4
+    phi.patch_embedding.bias.zero_()                                # so that brightness is length, not direction
+    for seed in range(10):
+        g = torch.Generator().manual_seed(seed)
+        kind = torch.rand(4, 8, 4, generator=g) < 0.4
+        colours = randn(2, 16, seed=seed)[kind.long()] * (1 + 0.2 * torch.rand(4, 8, 4, 1, generator=g))
+        x = colours.permute(3, 0, 1, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)[None]   # (1, 16, 4, 16, 8)
+        (tokens, positions), (everything, places) = phi(x, x), phi.embed_frames(x, torch.arange(4))
+        groups = encoder.match(everything, 8)[0]
+        assert tokens.shape == (1, 8, 48)
+        for n in range(8):
+            inside = groups == n
+            assert len(set(kind.flatten()[inside].tolist())) == 1, seed
+            assert torch.allclose(tokens[0, n], everything[0, inside].mean(0), atol=1e-5)
+            assert torch.allclose(positions[0, n], places[inside].mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("size, frames", [((8, 8), 4), ((15, 13), 8)])
+@torch.no_grad()
+def test_token_merging_keeps_the_count_and_the_mass(size, frames):
+    phi, x = make_encoder("token-merging", "2x2x2"), randn(2, 16, frames, *size)
+    tokens, positions = phi(x, x, start=20)
+    everything, places = phi.embed_frames(x, 20 + torch.arange(frames))
+    assert tokens.shape == (2, frames // 2 * -(-size[0] // 4) * -(-size[1] // 4), 48)
+    assert positions.shape == (*tokens.shape[:2], 3) and not torch.equal(positions[0], positions[1])
+    for first in range(0, frames, 4):                               # segments do not mix
+        inside = (positions[..., 0] >= 20 + first) & (positions[..., 0] <= 23 + first)
+        assert (inside.sum(1) == tokens.shape[1] // (frames // 4)).all()
+    alone = phi.merge_segments(torch.ones_like(x[:, :, :4]) * randn(1, 16, 4, 1, 1), 0, 4)
+    assert all(y.isfinite().all() for y in alone)                   # equal tokens tie
+    assert everything.shape[1] == len(places) > tokens.shape[1]
+
+
+@torch.no_grad()
+def test_full_memory_is_every_token():
+    phi, x = make_encoder("full", preset="tiny-wan"), randn(1, 16, 9, 8, 8)
+    tokens, positions = phi(x, x[:, :, :0], start=0)
+    assert torch.equal(tokens, phi.patch_embedding(x)) and torch.equal(positions, token_positions(range(9), 4, 4))
+
+
+@pytest.mark.parametrize("preset", ["tiny", "tiny-wan"])
+@pytest.mark.parametrize("method, window, most, kept", [
+    ("sliding-window", 1, None, [10]), ("sliding-window", 6, None, [5, 6, 7, 8, 9, 10]),
+    ("sliding-window", 6, 1, [7, 8, 9, 10]), ("sliding-window", 99, None, list(range(11))),
+    ("keyframes", 1, None, [0, 10]), ("keyframes", 1, 1, [0, 10])])
+@torch.no_grad()
+def test_methods_that_keep_frames(method, window, most, kept, preset):
+    dit, x = randomize(MemoryDiT(preset, method, window=window)), randn(2, 16, 11, 8, 8)
+    expected = dit.encoder.patch_embedding(x[:, :, kept]), token_positions(torch.tensor(kept), 4, 4)
+    if most is None:
+        memory = dit.encode(x, x[:, :, :0])
+        assert all(torch.equal(a, b) for a, b in zip(memory, expected))
+        first = dit.encode(x[:, :, :1], x[:, :, :0], start=7)
+        assert first[0].shape[1] == 16 and first[1][0].tolist() == [7, 0, 0]
+    memory = Memory(dit, DCTCodec(), most)
+    for piece in x[:1].split(3, 2):
+        memory.append(piece)
+    for a, b in zip(memory.context(), expected):
+        assert torch.allclose(a, b[:1] if b.ndim == 3 else b, atol=1e-6)
+    assert memory.frames == 11 and memory.waiting.shape[2] == len(kept) and memory.uncompressed == 16 * len(kept)
 
 
 @torch.no_grad()
@@ -542,7 +631,7 @@ def test_encoder_methods_differ_only_in_their_branches():
     assert proposed(x, lr)[0].abs().max() > 0                       # φ's copy is its own
 
 
-@pytest.mark.parametrize("method", ["only-lr", "without-lr", "proposed"])
+@pytest.mark.parametrize("method", SEGMENT_METHODS)
 @torch.no_grad()
 def test_encoder_rows_of_a_batch_do_not_meet(method):
     encoder, codec, x = make_encoder(method), DCTCodec(), randn(2, 16, 8, 8, 8)
@@ -1203,15 +1292,21 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(cache, monkeypatch
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def torchrun(module, *argv):
+    """The main of a module on two processes, the tiny presets known."""
+    presets = {name: PRESETS[name] for name in ("tiny", "tiny-wan")}
+    Path("tiny.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nfrom model import *\n"
+                               f"PRESETS.update({presets!r})\nimport {module}\n"
+                               f"{module}.run_main({module}.main)\n")
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tiny.py",
+                           *map(str, argv)], capture_output=True, text=True, timeout=200,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_two_processes_train_as_one(cache, tmp_path):
-    script = tmp_path / "tiny.py"               # importing this file adds the preset "tiny"
-    script.write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport test_shapes, pretrain\n"
-                      "pretrain.run_main(pretrain.main)\n")
     run(pretrain.main, *flags(cache, out="one", steps=4))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*torchrun, str(script), *flags(cache, out="two", steps=4)], capture_output=True, text=True,
-                          timeout=150, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
+    torchrun("pretrain", *flags(cache, out="two", steps=4))
     assert losses("two") == pytest.approx(losses("one"), abs=1e-3)
     assert losses("two", "grad_norm") == pytest.approx(losses("one", "grad_norm"), rel=0.02)
     figures = [json.loads((Path(out) / "log.jsonl").read_text().splitlines()[-1]) for out in ("one", "two")]
@@ -1373,7 +1468,7 @@ def test_frozen_base_is_held_in_the_dtype_of_products(tmp_path, monkeypatch):
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads the memory in use from /proc")
 def test_loading_takes_no_second_copy():
     """Peak memory of a process that loads a float32 file of 340 MB, measured against what holds the model."""
-    script = """
+    script = r"""
 import re, sys, torch
 from safetensors.torch import save_file
 sys.path.insert(0, sys.argv[1])
@@ -1471,23 +1566,10 @@ def test_wan_recipe_on_two_processes(tmp_path, vae, t5):
         (tmp_path / "videos" / f"{i}.txt").write_text("0s: a cat / 8s: a dog")
     torch.manual_seed(0)
     save_file(DiT(PRESETS["tiny-wan"].dit).state_dict(), tmp_path / "base.safetensors")
-    script = tmp_path / "tiny.py"               # importing this file adds the presets
-    script.write_text(f"""import sys; sys.path.insert(0, {str(HERE)!r})
-import data, finetune, pretrain, test_shapes
-name = sys.argv.pop(1)
-main = data.main if name == "data" else dict(pretrain=pretrain, finetune=finetune)[name].main
-data.run_main(main)
-""")
-    def torchrun(*argv):
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                               str(script), *map(str, argv)], capture_output=True, text=True, timeout=200,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done
-    torchrun("data", "cache", "--preset", "tiny-wan", "--videos", "videos", "--out", "shards", "--vae", vae, "--t5", t5,
-             "--shard", 1)
     shared = ("--preset", "tiny-wan", "--data", "shards", "--init", "base.safetensors", "--batch", 2, "--steps", 2,
               "--device", "cpu", "--sample_steps", 1, "--warmup", 1)
+    torchrun("data", "cache", "--preset", "tiny-wan", "--videos", "videos", "--out", "shards", "--vae", vae, "--t5", t5,
+             "--shard", 1)
     torchrun("pretrain", *shared, "--mask", "noise", "--queries", 2)
     torchrun("finetune", *shared, "--vae", vae)
     stage1, stage2 = (load_file(f"runs/{stage}/model.safetensors") for stage in ("pretrain", "finetune"))
@@ -1518,6 +1600,22 @@ data.run_main(main)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # sample.py
+
+
+@pytest.mark.parametrize("method, given, count", [
+    ("sliding-window", {"window": 3}, 3 * 16), ("keyframes", {}, 2 * 16),
+    ("token-merging", {"encoder": "none"}, 3 * 2)])
+def test_other_methods_go_through_stage_2_and_sampling(method, given, count, cache, capsys):
+    if method in encoder.FRAME_METHODS:                             # even where a run of stage 1 lies ready
+        given = {**given, "encoder": "runs/pretrain"}
+    run(finetune.main, *flags(cache, out="run", method=method, rate="4x4x2", steps=1, **given))
+    dit, config = encoder.load_model("run/model.safetensors")
+    assert dit.encoder.window == config["window"] == given.get("window", 1)
+    write_video("clip.mp4", 12)
+    run(sample.main, "--history", "clip.mp4", "--checkpoint", "run/model.safetensors", "--seconds=2", "--steps=1",
+        "--save_file=b.mp4")
+    assert len(read_video("b.mp4", 2, 32, 32)) == 12 + 4
+    assert f"memory: {count} tokens" in capsys.readouterr().out
 
 
 def write_checkpoint(path="tiny.safetensors", stage="finetune", method="proposed", change=None, claims={}):
@@ -1632,6 +1730,80 @@ def test_ssim_equals_that_of_scikit_image():
     assert evaluation.ssim(a, b).tolist() == pytest.approx([0.8328877, 0.7953046, 0.8480581], abs=1e-4)
 
 
+def write_lpips(folder="lpips", backbone=None, linear=None, seed=0):
+    """A folder of weights named as torchvision and the lpips package name theirs; random ones by default."""
+    folder = Path(folder)
+    folder.mkdir()
+    sizes = [(0, (64, 3, 11, 11)), (3, (192, 64, 5, 5)), (6, (384, 192, 3, 3)), (8, (256, 384, 3, 3)),
+             (10, (256, 256, 3, 3))]
+    if backbone is None:
+        backbone = {f"features.{i}.weight": randn(*s, seed=i) * math.prod(s[1:])**-0.5 for i, s in sizes}
+        backbone |= {f"features.{i}.bias": 0.1 * randn(s[0], seed=i + 50) for i, s in sizes}
+        linear = {f"lin{k}.model.1.weight": randn(1, s[0], 1, 1, seed=k).abs() for k, (_, s) in enumerate(sizes)}
+    torch.save({**backbone, "classifier.1.weight": torch.ones(2, 2)}, folder / "alexnet-owt-7be5be79.pth")
+    torch.save(linear, folder / "alex.pth")
+    return backbone, linear
+
+
+def test_lpips_by_hand():
+    """The features of one pair again, in plain steps and double precision."""
+    w, linear = ({k: v.double() for k, v in part.items()} for part in write_lpips())
+    a, b = (randn(3, 33, 40, 3, seed=s).mul(60).add(128).clamp(0, 255).to(torch.uint8) for s in range(2))
+    shift, scale = torch.tensor([-0.030, -0.088, -0.188]).double(), torch.tensor([0.458, 0.448, 0.450]).double()
+    distance, features = 0, []
+    for x in a, b:
+        x = ((x.double() / 127.5 - 1 - shift) / scale).permute(0, 3, 1, 2)
+        layers = []
+        for i, stride, padding in (0, 4, 2), (3, 1, 2), (6, 1, 1), (8, 1, 1), (10, 1, 1):
+            x = F.max_pool2d(x, 3, 2) if i in (3, 6) else x
+            x = F.conv2d(x, w[f"features.{i}.weight"], w[f"features.{i}.bias"], stride, padding).clamp(min=0)
+            layers.append(x / x.norm(dim=1, keepdim=True))
+        features.append(layers)
+    for k, (x, y) in enumerate(zip(*features)):
+        weights = linear[f"lin{k}.model.1.weight"].view(1, -1, 1, 1)
+        distance = distance + (weights * (x - y)**2).sum(1).mean((1, 2))
+    lpips = evaluation.LPIPS("lpips")
+    assert (lpips(a, b) - distance).abs().max() < 1e-4 * distance.max() and distance.min() > 0.1
+    assert lpips(a, a).tolist() == [0, 0, 0] and torch.allclose(lpips(a, b), lpips(b, a))
+    assert torch.allclose(evaluation.measure(a[:, None], b[:, None], lpips)["lpips"][:, 0], lpips(a, b), atol=1e-5)
+    save_file(torch.load("lpips/alex.pth"), "lpips/alex.safetensors")           # safetensors will do as well
+    Path("lpips/alex.pth").unlink()
+    assert torch.equal(evaluation.LPIPS("lpips")(a, b), lpips(a, b))
+
+
+def test_lpips_equals_the_package():
+    pytest.importorskip("torchvision")
+    package = pytest.importorskip("lpips").LPIPS(net="alex", pretrained=False, pnet_rand=True, verbose=False).eval()
+    state = randomize(package).state_dict()
+    backbone = {f"features.{k.split('.', 2)[2]}": v for k, v in state.items() if k.startswith("net.")}
+    linear = {k: v.abs() for k, v in state.items() if k.startswith("lin") and not k.startswith("lins")}
+    package.load_state_dict(linear, strict=False)
+    write_lpips("lpips", backbone, linear)
+    a, b = (randn(4, 64, 48, 3, seed=s).mul(60).add(128).clamp(0, 255).to(torch.uint8) for s in range(2))
+    with torch.no_grad():
+        expected = package(*(to_pixels(x).transpose(0, 1) for x in (a, b))).flatten()
+    assert (evaluation.LPIPS("lpips")(a, b) - expected).abs().max() < 1e-5 and expected.min() > 0.01
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda b, l: b.pop("features.3.bias"), "3.bias is not there"), (lambda b, l: l.update(lin5=torch.ones(1)), "lin5"),
+    (lambda b, l: b.update({"features.0.weight": torch.ones(64, 3, 3, 3)}), "0.weight is \\(64, 3, 3, 3\\)"),
+    (lambda b, l: l["lin2.model.1.weight"].fill_(math.nan), "lin2.weight"),
+    ("pickle", "alex.pth"), ("none", "--lpips")])
+def test_lpips_refuses_weights_that_do_not_fit(damage, says):
+    parts = write_lpips("good")
+    if callable(damage):
+        damage(*parts)
+    write_lpips("bad", *parts)
+    if damage == "pickle":
+        torch.save(Bomb(), "bad/alex.pth")
+    if damage == "none":
+        Path("bad/alex.pth").unlink()
+    with pytest.raises(UserError, match=says) as error:
+        evaluation.LPIPS("bad")
+    assert "\n" not in str(error.value) and not Path("exploded").exists()
+
+
 def test_psnr_known_values():
     a = torch.full((2, 8, 8, 3), 100, dtype=torch.uint8)
     assert data.psnr(a, a).tolist() == [100, 100]
@@ -1649,11 +1821,130 @@ def test_retrieval_command(stage1, cache, capsys):
     run(evaluation.main, *common, "--clips", 2, "--out", "a.png")
     said = capsys.readouterr().out
     values = {line.split()[0]: float(line.split()[1]) for line in said.splitlines() if "±" in line}
-    assert Path("a.png").is_file() and "step 40" in said and values["codec"] > 20
+    assert Path("a.png").is_file() and "step 40" in said and values["codec"] > 20 and said.count("n/a") == 5
     assert values["codec"] > max(values[k] for k in ("model", "wrong_memory", "no_memory"))
     write_video("clip.mp4", 10)
-    run(evaluation.main, *common, "--history", "clip.mp4", "--out", "b.png")
-    assert Path("b.png").is_file()
+    write_lpips()
+    run(evaluation.main, *common, "--history", "clip.mp4", "--out", "b.png", "--lpips", "lpips")
+    assert Path("b.png").is_file() and "n/a" not in capsys.readouterr().out
+
+
+def test_bootstrap_is_paired_and_covers_the_mean():
+    clip, noise = 5 * randn(256), 0.5 * randn(256, seed=1)          # clips differ far more than methods do
+    mean, low, high = evaluation.bootstrap(clip + 0.2 + noise - clip)
+    half = 1.96 * noise.std().item() / 16
+    assert mean == pytest.approx(0.2 + noise.mean().item(), abs=1e-5)
+    assert high - mean == pytest.approx(half, rel=0.1) and mean - low == pytest.approx(half, rel=0.1)
+    assert evaluation.bootstrap(noise) == evaluation.bootstrap(noise)
+    assert evaluation.bootstrap(torch.full((5,), 2.0)) == (2, 2, 2)
+    assert [math.isnan(x) for x in evaluation.bootstrap(torch.ones(1))] == [False, True, True]
+
+
+def table_row(method, rate, psnr, **trained):
+    return evaluation.Row(method, rate, {"psnr": psnr[:, None]}, None, {}, trained=trained)
+
+
+def test_table1_compares_neighbours_and_the_papers_order():
+    clip = 15 + randn(64)
+    rows = [table_row("full", "", clip + 3),
+            table_row("large-patchifier", "4x4x2", clip + 1.5 + 0.1 * randn(64, seed=1)),
+            table_row("proposed", "4x4x2", clip + 1), table_row("only-lr", "4x4x2", clip + 1 + randn(64, seed=2))]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in evaluation.compare(rows) if "above" in line]
+    found = {line[0]: line[3:] for line in lines if line[0] != "A above B"}
+    assert len(lines) - 2 == 3 + 3
+    assert found["full above large-patchifier 4x4x2"] == ["yes", "–"]
+    assert found["proposed 4x4x2 above only-lr 4x4x2"] == ["undecided", "+2.20"]
+    assert found["proposed 4x4x2 above large-patchifier 4x4x2"] == ["no", "+4.48"]
+
+
+def test_figures_by_age():
+    values, ages = torch.tensor([[1.0, 2, 3], [4, 5, 6]]), torch.tensor([[0.0, 3, 4], [39, 36, 35]])
+    assert evaluation.by_age(values, ages, 4) == {0: 1.5, 1: 3, 8: 6, 9: 4.5}
+
+
+@pytest.fixture(scope="session")
+def runs(cache, tmp_path_factory):
+    """Short runs of stage 1 that one table may hold."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(signal, "signal", lambda *a: None)
+        for method, seed in ("proposed", 0), ("proposed", 1), ("full", 0):
+            run(pretrain.main, *flags(cache, out=folder / f"{method}-{seed}", method=method, seed=seed, steps=2))
+    return folder
+
+
+def read_csv(path):
+    return list(csv.DictReader(Path(path).read_text().splitlines()))
+
+
+def test_table1(runs, cache, capsys):
+    given = [runs / name for name in ("proposed-1", "full-0", "proposed-0")]
+    write_lpips()
+    run(evaluation.main, "table1", *given, "--clips", 2, "--steps", 2, "--cache", cache, "--out", "assets",
+        "--lpips", "lpips")
+    said, rows = capsys.readouterr().out, read_csv("assets/table1.csv")
+    header = Path("assets/table1.csv").read_text().splitlines()[0]
+    assert header.startswith("method,rate,tokens_per_second,psnr,psnr_low,psnr_high,ssim,")
+    assert rows[0]["method"] == "codec" and {(r["method"], r["rate"]) for r in rows[1:]} == {("proposed", "4x4x2"), (
+        "full", "")}
+    levels = [float(r["psnr"]) for r in rows]
+    assert levels == sorted(levels, reverse=True) and all(float(r["lpips"]) >= 0 for r in rows)
+    row = next(r for r in rows if r["method"] == "proposed")
+    assert (row["tokens_per_second"], row["channels_per_latent_value"]) == ("1.0", "0.0234375")
+    assert row["paper_psnr"] == "17.41"
+    assert float(row["psnr_low"]) < float(row["psnr"]) < float(row["psnr_high"]) and float(row["encoder_ms"]) > 0
+
+    dit, _ = encoder.load_model(runs / "proposed-0" / "model.safetensors")      # the figure of seed 0, again
+    assert int(row["encoder_parameters"]) == sum(p.numel() for p in dit.encoder.parameters())
+    clips = world_clips("held-out", 2, TINY, DCTCodec(), cache, keep_pixels=True)
+    batch = draw_retrieval(pretrain.PretrainConfig(text_drop=1.0), tiny_tools(), clips, range(2), 0)
+    with torch.no_grad(), model.autocast(torch.device("cpu")):
+        x = euler(dit.dit, batch.noise, batch.text, batch.frames, dit.encode(batch.hr, batch.lr), 2, 3.0)
+    psnr = data.psnr(to_frames(DCTCodec().decode(x.float())), batch.truth).mean().item()
+    assert float(row["psnr"]) == pytest.approx(psnr, abs=0.01)
+    _, ages, shown = evaluation.retrieve(dit, tiny_tools(), clips, evaluation.Table1Config(steps=1), None)
+    assert torch.equal(ages, 39 - batch.frames) and torch.equal(shown["truth"], batch.truth)
+
+    seeds = read_csv("assets/table1_seeds.csv")
+    assert [(r["method"], r["seed"]) for r in seeds] == [("full", "0"), ("proposed", "0"), ("proposed", "1")]
+    both = [float(r["psnr"]) for r in seeds[1:]]
+    assert float(seeds[1]["psnr_deviation_of_seeds"]) == pytest.approx(np.std(both, ddof=1), abs=1e-3)
+    assert seeds[0]["psnr_deviation_of_seeds"] == "" and both[0] == pytest.approx(float(row["psnr"]))
+    text = Path("assets/table1.md").read_text()
+    assert text in said and str(runs / "full-0") in text and "2 held-out clips x 4 frames" in text and "n/a" not in text
+    for name in "table1.png", "table1_curves.png", "table1_age.png":
+        assert np.array(Image.open(f"assets/{name}").convert("RGB")).std() > 5
+
+
+def test_table1_of_videos(runs, tmp_path):
+    for i in range(3):
+        write_video(tmp_path / "videos" / f"{i}.mp4", 10, i)
+    run(evaluation.main, "table1", runs / "proposed-0", "--data", "videos", "--steps", 1, "--out", "out")
+    assert {p.name for p in Path("out").iterdir()} == {"table1_video" + end for end in (
+        ".md", ".csv", ".png", "_seeds.csv", "_curves.png", "_age.png")}
+    codec, row = read_csv("out/table1_video.csv")
+    assert float(codec["psnr"]) > 30 and codec["lpips"] == row["lpips"] == "n/a" and row["psnr_low"] == "nan"
+    assert "1 held-out clips x 4 frames of videos" in Path("out/table1_video.md").read_text()
+
+
+def test_table1_refuses_runs_that_are_not_alike(refused):
+    def write(name, method="proposed", stage="pretrain", **claims):
+        Path(name).mkdir()
+        Path(name, "log.jsonl").touch()
+        claims = {"steps": 7, "mask": "none", "queries": 4, **claims}
+        write_checkpoint(f"{name}/model.safetensors", stage, method, claims=claims)
+        return name
+    good, table = write("good"), lambda *runs: refused(evaluation.main, "table1", *runs)
+    for key, value in dict(init="random", data="videos", batch=4, mask="noise", clips=5, queries=2).items():
+        error = table(good, write(key, method="full", **{key: value}))
+        assert f"{key} has --{key} {value} but good has" in error
+    assert "step 7 of 9" in table(good, write("unfinished", steps=9))
+    assert "seed 0" in table(good, write("twice"))
+    assert "seed 0" in table(write("full1", "full"), write("full2", "full", rate="2x2x2"))     # its rate is none
+    assert "finetune" in table(good, write("stage2", stage="finetune"))
+    assert "nowhere" in table(good, "nowhere") and "folders" in table() and "--clips" in table(good, "--clips", 0)
+    Path("good/log.jsonl").unlink()
+    assert "log.jsonl" in table(good)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2109,7 +2400,8 @@ def test_stages_refuse_bad_settings(refused, cache, tmp_path):
             ("preset", "nanoo", "nano"), ("method", "propsed", "proposed"), ("rate", "3x3x3", "--rate"),
             ("steps", 0, "--steps"), ("batch", 0, "--batch"), ("mask", "blur", "--mask"), ("step", 3, "--steps"),
             ("init", "nowhere", "nowhere"), ("data", "nowhere", "nowhere"), ("device", "abacus", "abacus"),
-            ("lr", "fast", "lr")):
+            ("lr", "fast", "lr"), ("window", 0, "--window"), ("method", "sliding-window", "finetune.py"),
+            ("method", "keyframes", "finetune.py")):
         assert says in refused(pretrain.main, *flags(cache, out=tmp_path / "out", **{flag: value}))
     assert "state.pt" in refused(pretrain.main, *flags(cache, out=tmp_path / "nowhere", resume=True))
     (tmp_path / "used").mkdir()
