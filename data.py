@@ -135,8 +135,8 @@ def hash_word(word, dim):
 
 @functools.lru_cache
 def warn(message):
-    """Say it once."""
-    print(f"warning: {message}", file=sys.stderr)
+    """Say it once, above any progress bar."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 class HashPrompts:

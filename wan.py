@@ -20,8 +20,8 @@ STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
 
 
 def subfolder(folder, name, flag):
-    """`folder` itself if it holds a config, else its part `name`, as in a downloaded diffusers pipeline."""
-    for path in (Path(folder), Path(folder) / name):
+    """The part `name` of a downloaded diffusers pipeline, or `folder` itself if it is that part."""
+    for path in (Path(folder) / name, Path(folder)):
         if (path / "config.json").is_file():
             return path
     raise UserError(f"{flag} {folder}: no config.json there or in its {name}; give the folder of "
