@@ -306,8 +306,8 @@ class Memory:
         kept = encoder.choose(len(times), self.most and self.most * encoder.segment)
         self.waiting, self.times = latents[:, :, kept], times[kept]
         if self.most is not None:
-            lone = self.segments[:1] if encoder.causal and len(self.segments) == self.most + 1 else []
-            self.segments = lone + self.segments[-self.most:]
+            while sum(n for *_, n in self.segments) > self.most * encoder.segment + encoder.causal:
+                del self.segments[0]
 
     @torch.no_grad()
     def context(self):

@@ -206,6 +206,23 @@ def test_dit_equals_wan(name, case):
         assert (dit(x, tensors[f"in.{case}.t"][i:i + 1], context) - out).abs().max() < 1e-5
 
 
+@torch.no_grad()
+def test_dit_equals_that_of_diffusers(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    c = CONFIG
+    theirs = diffusers.WanTransformer3DModel(
+        patch_size=c.patch, num_attention_heads=c.heads, attention_head_dim=c.dim // c.heads, in_channels=c.in_dim,
+        out_channels=c.out_dim, text_dim=c.text_dim, freq_dim=c.freq_dim, ffn_dim=c.ffn_dim, num_layers=c.layers,
+        cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=c.eps)
+    randomize(theirs).save_pretrained(tmp_path)                     # a folder in diffusers' naming
+    with torch.device("meta"):
+        ours = DiT(c)
+    model.load_base(ours, tmp_path)
+    x, t, text = randn(2, 4, 3, 4, 6), torch.tensor([300.0, 900.0]), randn(2, 6, 16, seed=1)
+    expected = theirs(hidden_states=x, timestep=t, encoder_hidden_states=text, return_dict=False)[0]
+    assert (ours(x, t, text) - expected).abs().max() < 1e-5 and expected.std() > 0.1
+
+
 @pytest.mark.parametrize("preset, count", [("wan-1.3b", 1418996800), ("wan-14b", 14288491584)])
 def test_dit_has_as_many_parameters_as_wan(preset, count):
     with torch.device("meta"):
@@ -462,6 +479,11 @@ def test_memory_is_bounded():
     for a, b in zip(memory.context(), everything.context()):
         assert torch.equal(a, b[..., -4:, :])                       # the newest, where they were
     assert memory.uncompressed == 8 * 16 and Memory(MemoryDiT("tiny", "none"), codec).context() is None
+    memory, counts = Memory(randomize(MemoryDiT("tiny-wan")), wan.WanCodec(), most=2), []
+    for piece in randn(1, 16, 25, 4, 4).split([9, 4, 4, 4, 4], 2):
+        memory.append(piece)
+        counts.append([n for *_, n in memory.segments])
+    assert counts == [[1, 4, 4]] + 4 * [[4, 4]]                     # the lone first latent goes with the first segment
 
 
 def without_attention(encoder):
