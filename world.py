@@ -17,9 +17,10 @@ BUILDS = {  # legs, half torso width, torso height, head radius (units), taper (
     "small": (6.0, 6.4, 15.0, 7.6, 0.05), "round": (7.0, 7.6, 17.0, 6.2, 0.45)}
 HAIRS = ("short", "long", "bun", "afro", "mohawk", "pigtails", "bald")
 SHIRTS, SHAPES = ("plain", "rows", "columns", "checks"), ("ball", "box", "kite", "flag", "heart")
-FRAMINGS, SLOTS = ("wide", "medium", "close"), ("left", "middle", "right")
-# A camera that steps closer magnifies near things more: people stand before things, things before the scenery.
-PERSON_ZOOM, THING_ZOOM, SCENE_ZOOM = (1.0, 1.3, 1.7), (1.0, 1.2, 1.4), (1.0, 1.12, 1.25)
+FRAMINGS, SLOTS = ("wide", "close"), ("left", "middle", "right")
+# A camera that steps closer magnifies near things more: people stand before things; the scenery is far away.
+PERSON_ZOOM, THING_ZOOM = (1.0, 1.4), (1.0, 1.2)
+STEP = 8                                                         # people and things stand at multiples of this (units)
 PERSON_HALF, THING_HALF, HAIR_ROOM = 11.0, 8.75, 4.5             # no drawing reaches further than this (units)
 CLOTH, FACE, HANDS, OBJECT = 1, 2, 3, 4                          # ids of parts; 0 is the scene
 
@@ -129,7 +130,7 @@ def make_shot(rng, scene, character, thing, framing, new=False):
     free = [0, 1, 2]
     if character is not None and thing is not None:                 # the thing keeps to one side ...
         slide = [2 * (slide[0] // 2)] * 2
-        free = [2 - slide[0], 1] if framing < 2 else [2 - slide[0]]             # ... and in a close shot needs it all
+        free = [2 - slide[0], 1] if framing == 0 else [2 - slide[0]]            # ... and in a close shot needs it all
         walk = [free[w % len(free)] for w in walk]
     if new and walk[0] == walk[1]:
         walk[1] = free[(free.index(walk[0]) + 1) % len(free)]
@@ -150,7 +151,7 @@ def make_story(seed, sections=11):
     intros = list(zip(range(3), *intros))
     seen, shots = ([], [], []), []      # scenes, characters, things, each from the longest absent to the latest
     for k in range(sections):
-        new, framing = k < 4 and k != early, int(rng.integers(3))
+        new, framing = k < 4 and k != early, int(rng.integers(len(FRAMINGS)))
         if new:
             now = intros.pop(0)
         else:   # Staying with those on screen keeps the others away for long: that is what a memory is for.
@@ -321,9 +322,9 @@ def draw_thing(what, scale):
     return sprite
 
 
-def draw_scene(scene, zoom, unit, height, width):
+def draw_scene(scene, unit, height, width):
     """uint8 (height, width, 3). Every edge is y against a profile h(x), softened over two pixels."""
-    scale, r = unit * zoom / 2, scene.layout                        # the half makes `cover` twice as soft
+    scale, r = unit / 2, scene.layout                               # the half makes `cover` twice as soft
     x = ((np.arange(width) + 0.5 - width / 2) / (2 * scale)).astype(np.float32)[None]
     y = ((0.6 * height - np.arange(height) - 0.5) / (2 * scale)).astype(np.float32)[:, None]       # 0: the horizon
     sky, far, near, accent = (np.array(c, np.float32) for c in scene.colours)
@@ -367,17 +368,28 @@ def draw_scene(scene, zoom, unit, height, width):
     return (image + 0.5).astype(np.uint8)
 
 
-def places(shot, build, unit, height, width):
-    """Where feet and ground stand, in pixels: (3 columns and 1 row of the character), (the same of the thing)."""
+def snap(x, low, top):
+    """The multiple of STEP nearest to x that lies in low..top, or x if there is none. Motion in steps of a whole token
+    keeps the parts of a picture alike wherever they are: a small model learns to draw them from far fewer stories."""
+    fit = np.arange(np.ceil(low / STEP), np.floor(top / STEP) + 1) * STEP
+    return x if not len(fit) else float(fit[np.abs(fit - x).argmin()])
+
+
+def places(shot, build, n, unit, height, width):
+    """Where feet and ground stand in each of n frames, in pixels: (columns, row) of the character, and of the thing."""
     a, b = PERSON_HALF * PERSON_ZOOM[shot.framing] + 0.5, THING_HALF * THING_ZOOM[shot.framing] + 0.5
-    low, top = a, width / unit - a
-    if shot.thing is not None:                                      # the character keeps clear of the thing
-        low, top = low + (2 * b + 0.5) * (shot.slide[0] == 0), top - (2 * b + 0.5) * (shot.slide[0] == 2)
-    person = np.clip([a, width / unit / 2, width / unit - a], low, top)
-    thing, ground = np.array([b, width / unit / 2, width / unit - b]), height / unit - 4 + shot.framing
+    ground = height / unit - 4 + shot.framing
     feet = max(ground + 1 + shot.framing, 1 + person_height(build) * PERSON_ZOOM[shot.framing]) if build else 0
-    return [(np.rint(columns * unit).astype(int).tolist(), round(row * unit))
-            for columns, row in ((person, feet), (thing, ground))]
+
+    def path(half, low, top, ends):
+        slots = [half, width / unit / 2, width / unit - half]
+        return [snap(x, low, top) for x in np.linspace(slots[ends[0]], slots[ends[1]], n)]
+    slide, low, top = path(b, b, width / unit - b, shot.slide), a, width / unit - a
+    if None not in (shot.character, shot.thing):                    # the character keeps clear of the thing
+        low, top = (slide[0] + a + b, top) if shot.slide[0] == 0 else (low, slide[0] - a - b)
+    walk = path(a, low, top, shot.walk)
+    pixels = lambda columns, row: ([round(x * unit) for x in columns], round(row * unit))
+    return pixels(walk, feet), pixels(slide, ground)
 
 
 def lay(frame, parts, sprite, pose, column, ground):
@@ -402,20 +414,18 @@ def render(story, sections=None, frames_per_section=4, height=64, width=64):
     unit, n = min(height, width) / 64, frames_per_section
     frames = np.empty((len(sections), n, height, width, 3), np.uint8)
     parts = np.zeros(frames.shape[:-1], np.uint8)
-    scenery = functools.cache(lambda i, f: draw_scene(story.scenes[i], SCENE_ZOOM[f], unit, height, width))
+    scenery = functools.cache(lambda i: draw_scene(story.scenes[i], unit, height, width))
     doll = functools.cache(lambda i, f: draw_character(story.characters[i], PERSON_ZOOM[f] * unit))
     prop = functools.cache(lambda i, f: draw_thing(story.things[i], THING_ZOOM[f] * unit))
     for s, shot in enumerate(story.shots[k] for k in sections):
-        frames[s] = scenery(shot.scene, shot.framing)
+        frames[s] = scenery(shot.scene)
         build = None if shot.character is None else story.characters[shot.character].build
-        (walk, feet), (slide, ground) = places(shot, build, unit, height, width)
+        (walk, feet), (slide, ground) = places(shot, build, n, unit, height, width)
         poses = (0, 3, 0, 3) if shot.walk[0] == shot.walk[1] else (0, 1, 0, 2)
         for f in range(n):
-            column, spot = (round(at[a] + (at[b] - at[a]) * f / max(n - 1, 1))
-                            for at, (a, b) in ((walk, shot.walk), (slide, shot.slide)))
             if shot.thing is not None:
-                lay(frames[s, f], parts[s, f], prop(shot.thing, shot.framing), ..., spot, ground)
+                lay(frames[s, f], parts[s, f], prop(shot.thing, shot.framing), ..., slide[f], ground)
             if build:
-                lay(frames[s, f], parts[s, f], doll(shot.character, shot.framing), poses[f % 4], column, feet)
+                lay(frames[s, f], parts[s, f], doll(shot.character, shot.framing), poses[f % 4], walk[f], feet)
     frames, parts = frames.reshape(-1, height, width, 3), parts.reshape(-1, height, width)
     return frames, {"cloth": parts == CLOTH, "face": parts == FACE, "object": parts == OBJECT, "scene": parts == 0}
