@@ -25,11 +25,12 @@ from model import PRESETS, UserError, autocast, get_preset, pick_device, product
 from pretrain import PretrainConfig
 from sample import SampleConfig
 from video import whole_file
+from wan import WanCodec
 
-STRIDES = {"dct": DCTCodec.stride, "wan": (4, 8, 8)}        # pixels a latent: frames, rows, columns
+STRIDES = {"dct": DCTCodec.stride, "wan": WanCodec.stride}  # pixels a latent: frames, rows, columns
 STEPS = {"dct": SampleConfig.steps, "wan": 50}              # of the sampler, each twice for guidance
 RATES = ("4x4x2", "2x2x2", "2x2x4", "2x2x1")                # the paper's
-LORA_RANK = 128
+LORA_RANK = PRESETS["wan-14b"].lora
 # GiB, the only figures that are estimated, not counted: a CUDA context with its libraries and fragmentation, and the
 # Wan VAE with its activations while it decodes 480p
 CONTEXT, VAE = 1.0, 4.0
