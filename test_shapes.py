@@ -44,6 +44,7 @@ import judge
 import model
 import pretrain
 import sample
+import tables
 import wan
 import world as W
 from data import Clip, Clips, DCTCodec, HashPrompts, to_frames, to_pixels, world_clips
@@ -1831,13 +1832,13 @@ def test_retrieval_command(stage1, cache, capsys):
 
 def test_bootstrap_is_paired_and_covers_the_mean():
     clip, noise = 5 * randn(256), 0.5 * randn(256, seed=1)          # clips differ far more than methods do
-    mean, low, high = evaluation.bootstrap(clip + 0.2 + noise - clip)
+    mean, low, high = tables.bootstrap(clip + 0.2 + noise - clip)
     half = 1.96 * noise.std().item() / 16
     assert mean == pytest.approx(0.2 + noise.mean().item(), abs=1e-5)
     assert high - mean == pytest.approx(half, rel=0.1) and mean - low == pytest.approx(half, rel=0.1)
-    assert evaluation.bootstrap(noise) == evaluation.bootstrap(noise)
-    assert evaluation.bootstrap(torch.full((5,), 2.0)) == (2, 2, 2)
-    assert [math.isnan(x) for x in evaluation.bootstrap(torch.ones(1))] == [False, True, True]
+    assert tables.bootstrap(noise) == tables.bootstrap(noise)
+    assert tables.bootstrap(torch.full((5,), 2.0)) == (2, 2, 2)
+    assert [math.isnan(x) for x in tables.bootstrap(torch.ones(1))] == [False, True, True]
 
 
 def table_row(method, rate, psnr, **trained):
@@ -1849,7 +1850,7 @@ def test_table1_compares_neighbours_and_the_papers_order():
     rows = [table_row("full", "", clip + 3),
             table_row("large-patchifier", "4x4x2", clip + 1.5 + 0.1 * randn(64, seed=1)),
             table_row("proposed", "4x4x2", clip + 1), table_row("only-lr", "4x4x2", clip + 1 + randn(64, seed=2))]
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in evaluation.compare(rows) if "above" in line]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in evaluation.differences(rows) if "above" in line]
     found = {line[0]: line[3:] for line in lines if line[0] != "A above B"}
     assert len(lines) - 2 == 3 + 3
     assert found["full above large-patchifier 4x4x2"] == ["yes", "–"]
