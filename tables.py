@@ -173,7 +173,9 @@ def expected_pairs(rows, chains):
 
 
 def compare(title, pairs, metric, paper):
-    """Lines of Markdown: paired differences of rows. paper: {(method, rate): the paper's figure}."""
+    """Lines of Markdown: paired differences of rows, if there are any. paper: {(method, rate): the paper's figure}."""
+    if not pairs:
+        return []
     lines = ["", f"{title}, with its 95 % interval (bootstrap over clips, 10,000 resamples).", "",
              "| A above B | difference | interval | holds | paper's difference |", "|---|---|---|---|---|"]
     for a, b in pairs:
