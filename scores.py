@@ -14,7 +14,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from tqdm import tqdm
 
 import world
@@ -38,43 +37,50 @@ def erode(mask):
     return F.max_pool2d((~mask).float(), 3, 1, 1) == 0
 
 
+def mismatch(frames, wanted, mask):
+    """Summed squared differences (R, K, down, across) of frames (R, 3, H, W) and each of wanted (K, 3, h, w) inside a
+    mask (h, w), laid over the frames at every place where it fits."""
+    mask = mask.float()
+    wanted = mask * wanted
+    return (F.conv2d(frames.square().sum(1, keepdim=True), mask[None, None]) - 2 * F.conv2d(frames, wanted)
+            + wanted.square().sum((1, 2, 3))[:, None, None])
+
+
+def box_around(mask):
+    """(rows, columns), slices, of the smallest box around a mask (H, W)."""
+    return tuple(slice(int(on[0]), int(on[-1]) + 1) for on in (mask.any(1).nonzero(), mask.any(0).nonzero()))
+
+
 def distances(frames, candidates, region):
-    """Mean squared differences (R, K) of frames (R, F, H, W, 3) and candidates (K, F, H, W, 3), values in [0, 1], in
-    the region (F, H, W). For each frame and candidate, that of the best shift of the frame by up to SHIFT pixels:
-    where things stand is another figure. Beyond its edges a frame goes on as it ends."""
-    padded = F.pad(rearrange(frames, "r f h w c -> r (f c) h w"), (SHIFT,) * 4, mode="replicate")
-    padded, total = padded.unflatten(1, (-1, 3)), 0
-    windows, energy = (x.unfold(-2, 2 * SHIFT + 1, 1).unfold(-2, 2 * SHIFT + 1, 1)
-                       for x in (padded, padded.square().sum(2)))           # (R, F, 3, H, W, 9, 9), (R, F, H, W, 9, 9)
-    for f, (y, x) in enumerate(mask.nonzero(as_tuple=True) for mask in region):
-        shifted = windows[:, f, :, y, x].flatten(1, 2).flatten(2)               # (R, 3P, shifts)
-        wanted = rearrange(candidates[:, f, y, x], "k p c -> k (c p)")
-        squares = (energy[:, f, y, x].sum(1).flatten(1)[:, None] - 2 * wanted @ shifted
-                   + wanted.square().sum(1)[:, None])                           # (R, K, shifts)
-        total = total + squares.amin(2)
-    return total.clamp(min=0) / (3 * region.sum())
+    """Mean squared differences (R, K) of frames (R, F, 3, H, W) and candidates (K, F, 3, H, W), values in [0, 1], in the
+    region (F, H, W). For each frame and candidate, that of the best shift of the frame by up to SHIFT pixels: where
+    things stand is another figure. Beyond its edges a frame goes on as it ends."""
+    total, area = 0, region.sum()
+    for f, mask in enumerate(region):
+        y, x = box_around(mask) if mask.any() else (slice(1), slice(1))            # a part may be too small in a frame
+        near = F.pad(frames[:, f], (SHIFT,) * 4, mode="replicate")[
+            ..., y.start:y.stop + 2 * SHIFT, x.start:x.stop + 2 * SHIFT]
+        total = total + mismatch(near, candidates[:, f, :, y, x], mask[y, x]).flatten(2).amin(2)
+    return total.clamp(min=0) / (3 * area)
 
 
 def position_error(frames, truth, person):
     """How far (pixels, mean over frames) the best match of the whole character, searched over the whole frame, lies
-    from where it should: frames (R, F, H, W, 3), the true ones (F, H, W, 3), the character's mask (F, H, W) -> (R,)."""
+    from where it should: frames (R, F, 3, H, W), the true ones (F, 3, H, W), the character's mask (F, H, W) -> (R,)."""
     errors = []
     for f, mask in enumerate(person):
-        top, left = (int(mask.any(axis).nonzero()[0]) for axis in (1, 0))
-        bottom, right = (int(mask.any(axis).nonzero()[-1]) + 1 for axis in (1, 0))
-        box = slice(top, bottom), slice(left, right)
-        mask, x = mask[box].expand(1, 3, -1, -1).float(), rearrange(frames[:, f], "r h w c -> r c h w")
-        wanted = mask * truth[f][box].permute(2, 0, 1)
-        squares = F.conv2d(x.square(), mask) - 2 * F.conv2d(x, wanted)          # (R, 1, places down, across)
-        best, across = squares.flatten(1).argmin(1), squares.shape[3]
-        errors.append(torch.hypot((best // across - top).float(), (best % across - left).float()))
+        y, x = box_around(mask)
+        found = mismatch(frames[:, f], truth[None, f, :, y, x], mask[y, x])     # (R, 1, down, across)
+        best, across = found.flatten(1).argmin(1), found.shape[3]
+        errors.append(torch.hypot((best // across - y.start).float(), (best % across - x.start).float()))
     return torch.stack(errors).mean(0)
 
 
 def draw(story, sections=None, frames=4, size=(64, 64)):
-    """render() as tensors: frames (F, H, W, 3) in [0, 1], and masks."""
+    """render() as tensors: frames (F, 3, H, W) in [0, 1], and masks."""
     pixels, masks = world.render(story, sections, frames, *size)
-    return torch.from_numpy(pixels).float() / 255, {name: torch.from_numpy(mask) for name, mask in masks.items()}
+    masks = {name: torch.from_numpy(mask) for name, mask in masks.items()}
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255, masks
 
 
 def parade(story, shot, field, entities):
@@ -126,7 +132,7 @@ def candidates(field, truth):
 def score_section(frames, story, k):
     """{score: (R,)} of R pictures of section k, frames (R, F, H, W, 3) uint8: 100 if right, 0 if not; position_error,
     pixels; psnr, dB. A score of what the section does not show is left out."""
-    shot, n, found, x = story.shots[k], frames.shape[1], {}, frames.float() / 255
+    shot, n, found, x = story.shots[k], frames.shape[1], {}, frames.permute(0, 1, 4, 2, 3) / 255
     for field, parts in dict(character=("cloth", "face"), thing=("object",), scene=("scene",)).items():
         index, entities = getattr(shot, field), getattr(story, f"{field}s")
         if index is None:
@@ -135,7 +141,7 @@ def score_section(frames, story, k):
         if field == "scene":
             whole += entities[:index] + entities[index + 1:]
         drawn, masks = draw(parade(story, shot, field, whole), None, n, frames.shape[2:4])
-        drawn = drawn.unflatten(0, (len(whole), n))                             # (K, F, H, W, 3)
+        drawn = drawn.unflatten(0, (len(whole), n))                             # (K, F, 3, H, W)
         regions = {part: erode(masks[part][:n]) for part in parts}
         far = {part: distances(x, drawn, region) for part, region in regions.items() if region.any()}
         for score, (part, among) in SCORES.items():
@@ -143,7 +149,7 @@ def score_section(frames, story, k):
                 found[score] = 100.0 * (far[part][:, among[0]] < far[part][:, among[1:]].amin(1))
         if field == "character":
             found["position_error"] = position_error(x, drawn[0], ~(masks["object"] | masks["scene"])[:n])
-    return found | {"psnr": psnr(frames, 255 * drawn[0]).mean(1)}
+    return found | {"psnr": psnr(255 * x, 255 * drawn[0]).mean(1)}
 
 
 def score(made, stories, first):
