@@ -6,6 +6,7 @@
 How a section is scored: scores.py.
 """
 import csv
+import hashlib
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from statistics import median
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -24,7 +26,7 @@ from pretrain import downsample, generator
 from scores import MAIN, score
 from tables import (EvalConfig, Row, compare, describe_runs, draw_curves, expected_pairs, first_seeds, interval, label,
                     open_checkpoint, parse_runs, per_clip, plot, read_runs, write_csv, write_seeds)
-from video import VideoWriter, contact_sheet, contact_strip, whole_file
+from video import VideoWriter, contact_sheet, contact_strip, file_hash, whole_file
 
 SHOWN = 4           # stories in the video
 
@@ -51,6 +53,23 @@ def continue_stories(model, tools, clips, first, sections, config):
         x = to_frames(codec.decode(hr[:, :, first * preset.section:])).cpu()
         made.append(x.unflatten(1, (sections, preset.section)))
     return torch.cat(made)
+
+
+def kept_sections(folder, model, tools, clips, first, sections, config):
+    """continue_stories() of a run, kept in the cache under all that it depends on: a table that was stopped, or that
+    gets one more row, goes on."""
+    digest = hashlib.sha256(repr((file_hash(Path(folder) / "model.safetensors"), first, sections, config.steps,
+                                  config.shift, config.guidance, config.seed)).encode())
+    for source in "model.py", "encoder.py", "data.py":
+        digest.update(Path(__file__).with_name(source).read_bytes())
+    for clip in clips:
+        digest.update(repr(clip.storyboard).encode() + clip.latents.numpy().tobytes())
+    file = Path(config.cache) / "sections" / f"{digest.hexdigest()[:24]}.safetensors"
+    if not file.exists():
+        made = continue_stories(model, tools, clips, first, sections, config)
+        with whole_file(file) as part:
+            save_file({"frames": made}, part)
+    return load_file(file)["frames"]
 
 
 def costs(model, tools, clip, config):
@@ -120,7 +139,7 @@ def measure_runs(runs, clips, first, sections, config):
     known, made = [], []
     for folder, trained in runs.items():
         model, tools, _ = open_checkpoint(Path(folder) / "model.safetensors", config, "finetune")
-        made.append(continue_stories(model, tools, clips, first, sections, config))
+        made.append(kept_sections(folder, model, tools, clips, first, sections, config))
         known.append((*label(trained), made[-1][:SHOWN].flatten(1, 2), costs(model, tools, clips[0], config), folder,
                       trained))
     section = tools.preset.section
@@ -167,8 +186,8 @@ def describe(rows, everything, config, ceiling):
     shown = {name: int((~ceiling[name].isnan()).sum()) for name in MAIN}
     lines = ["# Consistency of what follows", "",
              f"{n} held-out stories of the paper-doll world, continued for {config.sections} sections after the "
-             f"full history, with prompts; {config.steps} Euler steps, shift {config.shift:g}, guidance {config.guidance:g}, "
-             f"seed {config.seed} of the noise. Trained alike: {trained['steps']} steps of {trained['batch']} clips of "
+             f"full history, with prompts; {config.steps} Euler steps, shift {config.shift:g}, guidance "
+             f"{config.guidance:g}, seed {config.seed} of the noise. Trained alike: {trained['steps']} steps of {trained['batch']} clips of "
              f"{trained['data']}, from {trained['init']}, preset {trained['preset']}.", "",
              "Scores: percent of sections whose region of cloth, face (identity), object or scene is nearest to the "
              "true rendering among 16 (chance 6.25), ± 95 % interval over stories. Sections that count: "
@@ -228,7 +247,8 @@ def draw_claim(path, rows, table1):
         return None
     x, y, names = zip(*dots)
     rho, chance = rank_correlation(x, y)
-    title = f"rank correlation {rho:.2f}, {len(dots)} dots ({100 * chance:.1f} % of random orders reach it)"
+    title = f"dots: {len(dots)}, " + ("too few or too alike for a rank correlation" if math.isnan(rho) else
+                                      f"rank correlation {rho:.2f} ({100 * chance:.1f} % of random orders reach it)")
     with plot(path, "frame retrieval (Table 1): PSNR, dB", "consistency (Table 2): mean of the four, %",
               legend=False) as (axes,):
         axes.plot(x, y, "o")
@@ -335,7 +355,7 @@ def story(argv):
             axes.axhline(100 / 16, color="grey", linestyle=":", label="chance")
     write_csv(f"{stem}.csv", records)
     for r in records:
-        print(f"{r['method']} {r['rate']}: {r['seconds_absent']:g} s absent: cloth {r['cloth']:.1f} %, identity "
-              f"{r['identity']:.1f} %")
+        print(f"{r['method']:18}{r['rate']:8}{r['seconds_absent']:4g} s absent: cloth {r['cloth']:5.1f} %, identity "
+              f"{r['identity']:5.1f} %")
     print(f"{config.clips} stories, {config.steps} Euler steps, guidance {config.guidance:g}, seed {config.seed}; "
           f"wrote {stem}.csv and .png")

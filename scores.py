@@ -52,9 +52,9 @@ def box_around(mask):
 
 
 def distances(frames, candidates, region):
-    """Mean squared differences (R, K) of frames (R, F, 3, H, W) and candidates (K, F, 3, H, W), values in [0, 1], in the
-    region (F, H, W). For each frame and candidate, that of the best shift of the frame by up to SHIFT pixels: where
-    things stand is another figure. Beyond its edges a frame goes on as it ends."""
+    """Mean squared differences (R, K) of frames (R, F, 3, H, W) and candidates (K, F, 3, H, W), values in [0, 1], in
+    the region (F, H, W). For each frame and candidate, that of the best shift of the frame by up to SHIFT pixels:
+    where things stand is another figure. Beyond its edges a frame goes on as it ends."""
     total, area = 0, region.sum()
     for f, mask in enumerate(region):
         y, x = box_around(mask) if mask.any() else (slice(1), slice(1))            # a part may be too small in a frame

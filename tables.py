@@ -127,7 +127,7 @@ class Row:
 def first_seeds(everything):
     """Sort rows by name and seed, in place; returns those of the lowest seed of each name."""
     everything.sort(key=lambda row: (row.name, row.trained["seed"]))
-    return list({row.name: row for row in reversed(everything)}.values())
+    return list({row.name: row for row in reversed(everything)}.values())[::-1]
 
 
 def by_seed(everything, metric):
