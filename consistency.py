@@ -187,8 +187,8 @@ def describe(rows, everything, config, ceiling):
     lines = ["# Consistency of what follows", "",
              f"{n} held-out stories of the paper-doll world, continued for {config.sections} sections after the "
              f"full history, with prompts; {config.steps} Euler steps, shift {config.shift:g}, guidance "
-             f"{config.guidance:g}, seed {config.seed} of the noise. Trained alike: {trained['steps']} steps of {trained['batch']} clips of "
-             f"{trained['data']}, from {trained['init']}, preset {trained['preset']}.", "",
+             f"{config.guidance:g}, seed {config.seed} of the noise. Trained alike: {trained['steps']} steps of "
+             f"{trained['batch']} clips of {trained['data']}, from {trained['init']}, preset {trained['preset']}.", "",
              "Scores: percent of sections whose region of cloth, face (identity), object or scene is nearest to the "
              "true rendering among 16 (chance 6.25), ± 95 % interval over stories. Sections that count: "
              + ", ".join(f"{count} for {name}" for name, count in shown.items()) + ". Hard: the 15 others have the "

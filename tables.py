@@ -64,8 +64,8 @@ def open_checkpoint(path, config, stage):
 
 def label(config):
     """(method, rate) of a run as the tables name it; the rate is "" where there is none, and a window's its length."""
-    method = config["method"]
-    if config.get("freeze_encoder") or config.get("encoder") == "none" and method not in (*FRAME_METHODS, "none"):
+    method, fresh = config["method"], config.get("encoder") == "none"
+    if config.get("freeze_encoder") or fresh and method not in (*FRAME_METHODS, "none"):
         kind = "frozen" if config["freeze_encoder"] else "without-pretrain"
         method = kind if method == "proposed" else f"{method}-{kind}"
     rates = {"full": "", "keyframes": "", "none": "", "sliding-window": str(config.get("window"))}
