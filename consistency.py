@@ -252,7 +252,7 @@ def draw_claim(path, rows, table1):
     with plot(path, "frame retrieval (Table 1): PSNR, dB", "consistency (Table 2): mean of the four, %",
               legend=False) as (axes,):
         axes.plot(x, y, "o")
-        axes.margins(0.15)
+        axes.margins(0.2)
         axes.set_title(title)
         for dot in zip(names, x, y):
             axes.annotate(dot[0], dot[1:], (5, 5), textcoords="offset points", fontsize="small")

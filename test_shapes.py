@@ -2096,6 +2096,17 @@ def test_stories_are_continued_as_sample_does(cache):
             assert difference.abs().float().mean() < 1                          # bf16 differs with the size of a batch
 
 
+@pytest.mark.parametrize("method", encoder.METHODS)
+def test_every_method_continues_stories(method, cache):
+    dit, clips = randomize(MemoryDiT("tiny", method)), world_clips("held-out", 2, TINY, DCTCodec(), cache)
+    tools, config = dataclasses.replace(tiny_tools(), encoder=dit.encoder), consistency.Table2Config(steps=1)
+    assert consistency.continue_stories(dit, tools, clips, 10, 2, config).shape == (2, 2, 4, 32, 32, 3)
+    found = consistency.costs(dit, tools, clips[0], config)
+    expected = {"sliding-window": 16, "keyframes": 2 * 16, "full": 40 * 16, "none": 0}.get(method, 20)
+    assert found["tokens"] == expected and found["ms_per_section"] > 0
+    assert found["flops_per_section"] >= 2 * budget.flops(TINY.dit, 4 * 16, expected)
+
+
 @pytest.fixture(scope="session")
 def stage2(cache, stage1, tmp_path_factory):
     """Short runs of stage 2 that one table may hold."""
