@@ -8,35 +8,34 @@
     python eval.py judge --videos a.mp4 --endpoint URL --model NAME     ask a vision-language model (judge.py)
     python eval.py elo votes.csv                                        ratings from votes between pairs (judge.py)
     python eval.py table1 runs/t1/*                      stage-1 runs side by side: the paper's Table 1, with pictures
+    python eval.py table2 runs/t2/*                      stage-2 runs side by side: Table 2 (consistency.py)
+    python eval.py story runs/t2/*                       accuracy by how long a character was away (consistency.py)
 
 Every figure is printed with what produced it: checkpoint, step, seed, clips, sampler.
 """
-import csv
-import json
 import math
 import statistics
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 import budget
+import consistency
 import judge
-from data import (Clip, Clips, make_codec, make_prompts, nearest_size, parse_flags, psnr, run_main, to_frames,
-                  to_pixels, video_clips, world_clips)
-from encoder import load_model
+from data import (Clip, Clips, make_codec, nearest_size, psnr, run_main, to_frames, to_pixels, video_clips,
+                  world_clips)
 from finetune import FinetuneConfig, ask
-from model import PRESETS, UserError, autocast, euler, get_preset, pick_device, read_metadata
-from pretrain import PretrainConfig, Tools, collate, downsample, draw_retrieval, generator, preview
+from model import UserError, autocast, euler, get_preset, pick_device
+from pretrain import PretrainConfig, collate, downsample, draw_retrieval, generator, preview
+from tables import (EvalConfig, Row, compare, describe_runs, draw_curves, expected_pairs, first_seeds,
+                    interval, label, open_checkpoint, parse, parse_runs, plot, read_runs, write_csv, write_seeds)
 from video import contact_strip, read_video, video_info, whole_file
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,31 +137,17 @@ def measure(frames, truth, lpips):
     return {name: torch.stack([metric(a, b) for a, b in zip(frames, truth)]) for name, metric in metrics.items()}
 
 
-def interval(values):
-    """Mean of a 1-D tensor and the half-width of its 95 % interval."""
-    values = values.double()
-    return values.mean().item(), (1.96 * values.std() / len(values)**0.5).item() if len(values) > 1 else math.nan
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Frame retrieval and continuation
 
 
 @dataclass
-class EvalConfig:
-    """What all share."""
-    clips: int = 64               # held-out stories
-    steps: int = 20               # Euler steps
-    shift: float = 3.0            # timestep shift of the sampler
-    seed: int = 0                 # of the query frames and the noise
-    batch: int = 8                # stories at once
+class PictureConfig(EvalConfig):
     lpips: str = ""               # folder with alexnet-owt-*.pth (torchvision) and alex.pth (lpips): measure LPIPS too
-    device: str = "auto"          # auto, cpu, cuda, mps
-    cache: str = "cache"          # folder for encoded clips
 
 
 @dataclass
-class RetrievalConfig(EvalConfig):
+class RetrievalConfig(PictureConfig):
     checkpoint: str = "runs/pretrain/model.safetensors"    # weights from pretrain.py
     history: str = ""             # a clip of one's own; without it, held-out stories of the paper-doll world
     queries: int = 4              # frames retrieved of each
@@ -170,36 +155,17 @@ class RetrievalConfig(EvalConfig):
 
 
 @dataclass
-class ContinuationConfig(EvalConfig):
+class ContinuationConfig(PictureConfig):
     checkpoint: str = "checkpoints/nano.safetensors"       # weights from finetune.py
     out: str = "out/continuation.png"  # picture: original, model and difference rows
 
 
 @dataclass
-class Table1Config(EvalConfig):
+class Table1Config(PictureConfig):
     clips: int = 256              # held-out stories
     queries: int = 4              # frames retrieved of each
     data: str = "world"           # "world" (the paper-doll world) or a folder of videos: its held-out part
     out: str = "assets"           # folder for table1.md, .csv, .png, ...; with --data FOLDER, table1_video.md, ...
-
-
-def parse(cls, command, argv):
-    """The config of a command from its flags, checked."""
-    config = parse_flags(cls, command.__doc__, argv)
-    for key in ("clips", "steps", "batch", "queries"):
-        if getattr(config, key, 1) < 1:
-            raise UserError(f"--{key} {getattr(config, key)}: must be at least 1")
-    return config
-
-
-def open_checkpoint(path, config, stage):
-    """(model on its device, tools, training config) of a checkpoint, which must be of this stage."""
-    model, trained = load_model(path)
-    if trained["stage"] != stage:
-        raise UserError(f"{path} is of stage {trained['stage']}: give one of {stage}.py")
-    model.to(pick_device(config.device))
-    preset = PRESETS[model.preset]
-    return model, Tools(preset, make_codec(preset), make_prompts(preset), model.encoder), trained
 
 
 def own_clip(config, tools):
@@ -290,61 +256,6 @@ PAPER = {("large-patchifier", "4x4x2"): (12.93, 0.412, 0.365), ("only-lr", "4x4x
 EXPECTED = ([(method, "4x4x2") for method in ("proposed", "without-lr", "only-lr", "large-patchifier")],
             [("proposed", "4x4x2"), ("token-merging", "4x4x2")],
             [("proposed", rate) for rate in ("2x2x1", "2x2x2", "4x4x2")])           # best first
-# what all rows share; they differ in method, rate and seed, and each may have the learning rate that suits it
-SAME = ("preset", "init", "data", "clips", "steps", "batch", "mask", "queries", "text_drop", "t_mean", "t_std")
-
-
-@dataclass
-class Row:
-    """What is known of one run, or of the codec."""
-    method: str
-    rate: str                     # "" where there is none
-    values: dict                  # {psnr, ssim, lpips (if measured), psnr_one_step: (n, F), a value a frame}
-    pictures: torch.Tensor        # of the first clips, (k, F, H, W, 3) uint8
-    costs: dict                   # of φ, see costs()
-    folder: str = ""              # the run
-    trained: dict = None          # its config
-
-    @property
-    def name(self):
-        return f"{self.method} {self.rate}".strip()
-
-    @property
-    def psnr(self):
-        """A clip's mean, (n,), dB."""
-        return self.values["psnr"].mean(1)
-
-
-def rate_of(config):
-    """The rate of a run, "" for a method that has none."""
-    return "" if config["method"] == "full" else config["rate"]
-
-
-def read_runs(folders):
-    """{folder: training config} of finished stage-1 runs that may stand in one table. Raises UserError naming the
-    first difference."""
-    if not folders:
-        raise UserError("eval.py table1 needs finished runs of pretrain.py: give their folders, before the flags")
-    runs = {}
-    for folder in folders:
-        config = read_metadata(Path(folder) / "model.safetensors")
-        if config["stage"] != "pretrain":
-            raise UserError(f"{folder} is of stage {config['stage']}: give runs of pretrain.py")
-        if config["step"] < config["steps"]:
-            raise UserError(f"{folder} stopped at step {config['step']} of {config['steps']}: "
-                            "finish it with pretrain.py --resume")
-        if not (Path(folder) / "log.jsonl").is_file():
-            raise UserError(f"{folder} has no log.jsonl: give the whole run folder, its curve is drawn")
-        for other, theirs in runs.items():
-            for key in SAME:
-                if config.get(key) != theirs.get(key):
-                    raise UserError(f"{folder} has --{key} {config.get(key)} but {other} has {theirs.get(key)}: "
-                                    "the rows of one table must be trained alike")
-            if len({(c["method"], rate_of(c), c["seed"]) for c in (config, theirs)}) == 1:
-                raise UserError(f"{folder} and {other} are both {config['method']} {rate_of(config)} with seed "
-                                f"{config['seed']}: give one of them")
-        runs[folder] = config
-    return runs
 
 
 def retrieve(model, tools, clips, config, lpips):
@@ -386,33 +297,13 @@ def costs(model, tools, size):
             "encoder_ms": round(statistics.median(milliseconds[1:]), 2)}        # the first one warms up
 
 
-def bootstrap(difference, resamples=10_000):
-    """Mean of paired differences (n,), one a clip, and its 95 % interval over resampled clips: (mean, low, high)."""
-    if len(difference) < 2:
-        return difference.mean().item(), math.nan, math.nan
-    picks = torch.randint(len(difference), (resamples, len(difference)), generator=torch.Generator().manual_seed(0))
-    means = difference.double()[picks].mean(1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return difference.mean().item(), low, high
-
-
-def compare(rows):
+def differences(rows):
     """Lines of Markdown: paired differences between neighbours of the table, then between what the paper puts in order.
     rows: without the codec, best first."""
-    found = {(row.method, row.rate): row for row in rows}
-    expected = [(found[a], found[b]) for chain in EXPECTED for a, b in combinations(chain, 2) if {a, b} <= set(found)]
-    lines = []
-    for title, pairs in ("Neighbours in the table", zip(rows, rows[1:])), ("The paper's order", expected):
-        lines += ["", f"{title}: difference in PSNR on the same clips, dB, with its 95 % interval (bootstrap over "
-                  "clips, 10,000 resamples).", "",
-                  "| A above B | difference | interval | holds | paper's difference |", "|---|---|---|---|---|"]
-        for a, b in pairs:
-            mean, low, high = bootstrap(a.psnr - b.psnr)
-            theirs = [PAPER.get((row.method, row.rate), (math.nan,))[0] for row in (a, b)]
-            gap = "–" if math.isnan(sum(theirs)) else f"{theirs[0] - theirs[1]:+.2f}"
-            holds = "yes" if low > 0 else "no" if high < 0 else "undecided"
-            lines.append(f"| {a.name} above {b.name} | {mean:+.2f} | {low:+.2f} to {high:+.2f} | {holds} | {gap} |")
-    return lines
+    theirs = {row: figures[0] for row, figures in PAPER.items()}
+    return [line for title, pairs in (("Neighbours in the table", list(zip(rows, rows[1:]))),
+                                      ("The paper's order", expected_pairs(rows, EXPECTED)))
+            for line in compare(f"{title}: difference in PSNR on the same clips, dB", pairs, "psnr", theirs)]
 
 
 def record(row):
@@ -450,76 +341,14 @@ def table(rows):
 def describe(rows, everything, config, n_clips):
     """The Markdown file: the table, paired differences, the spread over seeds, and what produced it all."""
     trained = everything[0].trained
-    lines = ["# Frame retrieval", "",
-             f"{n_clips} held-out clips x {config.queries} frames of {config.data}, clean histories, no prompts; "
-             f"{config.steps} Euler steps, shift {config.shift:g}, seed {config.seed} of queries and noise. Mean over "
-             "clips ± 95 % interval, against the original pixels; `codec` is the ceiling. Trained alike: "
-             f"{trained['steps']} steps of {trained['batch']} clips of {trained['data']}, from {trained['init']}, "
-             f"--mask {trained['mask']}, preset {trained['preset']}.", "", *table(rows), "",
-             "*In italics: the figures of the paper's first version. Other data, another base, another codec: only the "
-             "order can be compared.*", *compare(rows[1:]), "",
-             "| row | checkpoint | step | seed | learning rate | PSNR |", "|---|---|---|---|---|---|"]
-    for row in everything:
-        t = row.trained
-        lines.append(f"| {row.name} | {row.folder} | {t['step']} | {t['seed']} | {t['lr']:g} | {row.psnr.mean():.2f} |")
-    spreads = [f"{name} {statistics.stdev(x):.2f} ({len(x)} seeds)" for name, x in by_seed(everything).items()
-               if len(x) > 1]
-    return lines + ["", "Standard deviation of PSNR over training seeds, dB: " + ("; ".join(spreads) or "one seed only")
-                    + "."]
-
-
-def by_seed(everything):
-    """{name: [mean PSNR of each run]}."""
-    found = {}
-    for row in everything:
-        found.setdefault(row.name, []).append(row.psnr.mean().item())
-    return found
-
-
-def write_csv(path, records):
-    with whole_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, records[0])
-        writer.writeheader()
-        writer.writerows(records)
-
-
-def write_seeds(path, everything):
-    """A CSV of all runs, with the spread over the seeds of each method and rate."""
-    records = []
-    for row in everything:
-        values = by_seed(everything)[row.name]
-        c = record(row)
-        figures = {key: c[key] for key in ("psnr", "psnr_low", "psnr_high", "ssim", "lpips", "psnr_one_step")}
-        records.append({"method": row.method, "rate": row.rate, "seed": row.trained["seed"],
-                        "step": row.trained["step"], **figures, "seeds": len(values),
-                        "psnr_mean_of_seeds": round(statistics.mean(values), 4),
-                        "psnr_deviation_of_seeds": round(statistics.stdev(values), 4) if len(values) > 1 else ""})
-    write_csv(path, records)
-
-
-@contextmanager
-def plot(path, x, y):
-    """Axes to draw labelled lines on; written to `path` at the end."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    yield axes
-    axes.set(xlabel=x, ylabel=y)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    with whole_file(path) as part:
-        figure.savefig(part, dpi=130)
-
-
-def draw_curves(path, rows, everything):
-    """PSNR over the steps of every run, from its log; a colour a row, thin for the seeds that are not in the table."""
-    trained = everything[0].trained
-    with plot(path, "step", f"PSNR, dB ({trained['held_out']} clips, {trained['sample_steps']} Euler steps)") as axes:
-        for i, row in enumerate(rows):
-            for one in (one for one in everything if one.name == row.name):
-                log = [json.loads(line) for line in (Path(one.folder) / "log.jsonl").read_text().splitlines()]
-                points = [(entry["step"], entry["psnr"]) for entry in log if "psnr" in entry]
-                axes.plot(*zip(*points), color=f"C{i}", marker=".", linewidth=1.6 if one is row else 0.6,
-                          label=row.name if one is row else None)
+    return ["# Frame retrieval", "",
+            f"{n_clips} held-out clips x {config.queries} frames of {config.data}, clean histories, no prompts; "
+            f"{config.steps} Euler steps, shift {config.shift:g}, seed {config.seed} of queries and noise. Mean over "
+            "clips ± 95 % interval, against the original pixels; `codec` is the ceiling. Trained alike: "
+            f"{trained['steps']} steps of {trained['batch']} clips of {trained['data']}, from {trained['init']}, "
+            f"--mask {trained['mask']}, preset {trained['preset']}.", "", *table(rows), "",
+            "*In italics: the figures of the paper's first version. Other data, another base, another codec: only the "
+            "order can be compared.*", *differences(rows[1:]), *describe_runs(everything, "psnr", "PSNR", "dB")]
 
 
 def by_age(values, ages, section):
@@ -530,7 +359,7 @@ def by_age(values, ages, section):
 
 def draw_ages(path, rows, ages, section, seconds):
     """PSNR by how long before the end of the history a frame was seen, in bins of a section, so many seconds long."""
-    with plot(path, "age of the frame, s", "PSNR, dB") as axes:
+    with plot(path, "age of the frame, s", "PSNR, dB") as (axes,):
         for row in rows:
             found = by_age(row.values["psnr"], ages, section)
             axes.plot([(k + 0.5) * seconds for k in found], found.values(), marker=".", label=row.name)
@@ -538,9 +367,8 @@ def draw_ages(path, rows, ages, section, seconds):
 
 def table1(argv):
     """RUN...: retrieve the same frames with finished runs of pretrain.py; a table, paired differences, pictures."""
-    n = next((i for i, arg in enumerate(argv) if arg.startswith("-")), len(argv))
-    config = parse(Table1Config, table1, argv[n:])
-    runs, lpips = read_runs(argv[:n]), open_lpips(config)
+    folders, config = parse_runs(Table1Config, table1, argv)
+    runs, lpips = read_runs(folders, "table1", "pretrain"), open_lpips(config)
     preset = get_preset(next(iter(runs.values()))["preset"])
     codec = make_codec(preset)
     if config.data == "world":
@@ -553,32 +381,32 @@ def table1(argv):
         model, tools, _ = open_checkpoint(Path(folder) / "model.safetensors", config, "pretrain")
         values, ages, pictures = retrieve(model, tools, clips, config, lpips)
         figures = values["model"] | {"psnr_one_step": values["one_step"]["psnr"]}
-        everything.append(Row(model.method, rate_of(trained), figures, pictures["model"],
+        everything.append(Row(*label(trained), figures, pictures["model"],
                               costs(model, tools, clips[0].latents.shape[2:]), folder, trained))
-    everything.sort(key=lambda row: (row.name, row.trained["seed"]))
-    rows = list({row.name: row for row in reversed(everything)}.values())           # the lowest seed of each
     rows = [Row("codec", "", values["codec"], pictures["codec"], {}),
-            *sorted(rows, key=lambda row: row.psnr.mean(), reverse=True)]
+            *sorted(first_seeds(everything), key=lambda row: row.psnr.mean(), reverse=True)]
 
     stem = Path(config.out) / ("table1" if config.data == "world" else "table1_video")
     text = "\n".join(describe(rows, everything, config, len(clips))) + "\n"
     with whole_file(f"{stem}.md") as part:
         part.write_text(text, encoding="utf-8")
     write_csv(f"{stem}.csv", [record(row) for row in rows])
-    write_seeds(f"{stem}_seeds.csv", everything)
+    write_seeds(f"{stem}_seeds.csv", everything, record, (
+        "psnr", "psnr_low", "psnr_high", "ssim", "lpips", "psnr_one_step"))
     draw_curves(f"{stem}_curves.png", rows[1:], everything)
     seconds = codec.stride[0] / preset.fps                          # a latent frame
     draw_ages(f"{stem}_age.png", rows[1:], ages, preset.section, preset.section * seconds)
-    label = lambda row: row.name.replace(" ", "\n") + f"\n{row.psnr.mean():.1f} dB"
+    heading = lambda row: row.name.replace(" ", "\n") + f"\n{row.psnr.mean():.1f} dB"
     age = ages[:len(pictures["truth"])].flatten() * seconds
-    strips = [("original", pictures["truth"]), *((label(row), row.pictures) for row in rows)]
+    strips = [("original", pictures["truth"]), *((heading(row), row.pictures) for row in rows)]
     contact_strip([(name, frames.flatten(0, 1)) for name, frames in strips], f"{stem}.png",
                   [f"{x:g} s ago" for x in age.tolist()])
     print(text + f"wrote {stem}.md, .csv, .png, _seeds.csv, _curves.png and _age.png")
 
 
-COMMANDS = {"retrieval": retrieval, "continuation": continuation, "table1": table1, "budget": budget.budget,
-            "speed": budget.speed, "judge": judge.judge, "elo": judge.elo}
+COMMANDS = {"retrieval": retrieval, "continuation": continuation, "table1": table1, "table2": consistency.table2,
+            "story": consistency.story, "budget": budget.budget, "speed": budget.speed, "judge": judge.judge,
+            "elo": judge.elo}
 
 
 def main():

@@ -372,11 +372,11 @@ class VideoWriter:
             self.container.mux(self.stream.encode(None))
 
 
-def contact_strip(rows, path, columns=None, scale=None):
-    """Write a PNG of labelled rows of frames on white, each label at the left of its row.
+def contact_sheet(rows, columns=None, scale=None):
+    """A picture of labelled rows of frames on white, each label at the left of its row: uint8 (H, W, 3) array.
 
     rows: list of (label, frames (F, H, W, 3) uint8); columns: a caption above each column; scale: the whole factor to
-    enlarge by (nearest neighbour), by default the largest that keeps a frame's short side within 128. Raises UserError.
+    enlarge by (nearest neighbour), by default the largest that keeps a frame's short side within 128.
     """
     labels, captions = [str(label) for label, _ in rows], [str(caption) for caption in columns or []]
     rows = [torch.as_tensor(frames).cpu().numpy() for _, frames in rows]
@@ -401,6 +401,12 @@ def contact_strip(rows, path, columns=None, scale=None):
             picture = Image.fromarray(frame.repeat(scale, 0).repeat(scale, 1))
             sheet.paste(picture, (left + i * step_x + (step_x - gap - picture.width) // 2,
                                   top + r * step_y + (cell_h - picture.height) // 2))
+    return np.array(sheet)
+
+
+def contact_strip(rows, path, columns=None, scale=None):
+    """Write a contact_sheet() as a PNG. Raises UserError."""
+    sheet = Image.fromarray(contact_sheet(rows, columns, scale))
     with whole_file(path) as temporary:
         sheet.save(temporary, format="PNG")
 

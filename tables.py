@@ -1,0 +1,256 @@
+"""What the tables of eval.py share: finished runs side by side, intervals, paired differences, files and plots."""
+import csv
+import json
+import math
+import statistics
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from data import make_codec, make_prompts, parse_flags
+from encoder import FRAME_METHODS, load_model
+from model import PRESETS, UserError, pick_device, read_metadata
+from pretrain import Tools
+from video import whole_file
+
+# what all rows share; they differ in method, rate and seed, and each may have the learning rate that suits it
+SAME = ("preset", "init", "data", "clips", "steps", "batch", "mask", "queries", "text_drop", "t_mean", "t_std")
+
+
+@dataclass
+class EvalConfig:
+    """What all share."""
+    clips: int = 64               # held-out stories
+    steps: int = 20               # Euler steps
+    shift: float = 3.0            # timestep shift of the sampler
+    seed: int = 0                 # of the noise, and of the frames asked for
+    batch: int = 8                # stories at once
+    device: str = "auto"          # auto, cpu, cuda, mps
+    cache: str = "cache"          # folder for encoded clips
+
+
+def parse(cls, command, argv):
+    """The config of a command from its flags, checked."""
+    config = parse_flags(cls, command.__doc__, argv)
+    for key in ("clips", "steps", "batch", "queries", "sections"):
+        if getattr(config, key, 1) < 1:
+            raise UserError(f"--{key} {getattr(config, key)}: must be at least 1")
+    return config
+
+
+def parse_runs(cls, command, argv):
+    """(run folders, config) of a command whose line begins with folders."""
+    n = next((i for i, arg in enumerate(argv) if arg.startswith("-")), len(argv))
+    return argv[:n], parse(cls, command, argv[n:])
+
+
+def open_checkpoint(path, config, stage):
+    """(model on its device, tools, training config) of a checkpoint, which must be of this stage."""
+    model, trained = load_model(path)
+    if trained["stage"] != stage:
+        raise UserError(f"{path} is of stage {trained['stage']}: give one of {stage}.py")
+    model.to(pick_device(config.device))
+    preset = PRESETS[model.preset]
+    return model, Tools(preset, make_codec(preset), make_prompts(preset), model.encoder), trained
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs and rows
+
+
+def label(config):
+    """(method, rate) of a run as the tables name it; the rate is "" where there is none, and a window's its length."""
+    method, fresh = config["method"], config.get("encoder") == "none"
+    if config.get("freeze_encoder") or fresh and method not in (*FRAME_METHODS, "none"):
+        kind = "frozen" if config["freeze_encoder"] else "without-pretrain"
+        method = kind if method == "proposed" else f"{method}-{kind}"
+    rates = {"full": "", "keyframes": "", "none": "", "sliding-window": str(config.get("window"))}
+    return method, rates.get(config["method"], config["rate"])
+
+
+def read_runs(folders, command, stage):
+    """{folder: training config} of finished runs of a stage that may stand in one table. Raises UserError naming the
+    first difference."""
+    if not folders:
+        raise UserError(f"eval.py {command} needs finished runs of {stage}.py: give their folders, before the flags")
+    runs = {}
+    for folder in folders:
+        config = read_metadata(Path(folder) / "model.safetensors")
+        if config["stage"] != stage:
+            raise UserError(f"{folder} is of stage {config['stage']}: give runs of {stage}.py")
+        if config["step"] < config["steps"]:
+            raise UserError(f"{folder} stopped at step {config['step']} of {config['steps']}: "
+                            f"finish it with {stage}.py --resume")
+        if not (Path(folder) / "log.jsonl").is_file():
+            raise UserError(f"{folder} has no log.jsonl: give the whole run folder, its curve is drawn")
+        for other, theirs in runs.items():
+            for key in SAME:
+                if config.get(key) != theirs.get(key):
+                    raise UserError(f"{folder} has --{key} {config.get(key)} but {other} has {theirs.get(key)}: "
+                                    "the rows of one table must be trained alike")
+            if len({(*label(c), c["seed"]) for c in (config, theirs)}) == 1:
+                raise UserError(f"{folder} and {other} are both {' '.join(label(config))} with seed "
+                                f"{config['seed']}: give one of them")
+        runs[folder] = config
+    return runs
+
+
+@dataclass
+class Row:
+    """What is known of one run, or of the codec."""
+    method: str
+    rate: str                     # "" where there is none
+    values: dict                  # {metric: (n, F), a value a frame (or a section) of each clip; nan: does not count}
+    pictures: torch.Tensor        # of the first clips, (k, F, H, W, 3) uint8
+    costs: dict                   # {column: figure}
+    folder: str = ""              # the run
+    trained: dict = None          # its config
+
+    @property
+    def name(self):
+        return f"{self.method} {self.rate}".strip()
+
+    @property
+    def psnr(self):
+        """A clip's mean, (n,), dB."""
+        return self.each("psnr")
+
+    def each(self, metric):
+        """A value a clip, (n,): see per_clip()."""
+        return per_clip(self.values[metric])
+
+
+def first_seeds(everything):
+    """Sort rows by name and seed, in place; returns those of the lowest seed of each name."""
+    everything.sort(key=lambda row: (row.name, row.trained["seed"]))
+    return list({row.name: row for row in reversed(everything)}.values())[::-1]
+
+
+def by_seed(everything, metric):
+    """{name: [mean of a metric of each run]}."""
+    found = {}
+    for row in everything:
+        found.setdefault(row.name, []).append(row.each(metric).mean().item())
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Intervals and paired differences
+
+
+def per_clip(values):
+    """(n, F) -> (n,), a figure a clip: their mean is that of all values that count, and their spread that of this mean
+    over clips, each of which brings all of its values (the usual linear form of a ratio). If all count: the means."""
+    counts = ~values.isnan()
+    mean = values.nanmean()
+    return mean + torch.where(counts, values - mean, 0).sum(1) * len(values) / counts.sum()
+
+
+def interval(values):
+    """Mean of a 1-D tensor and the half-width of its 95 % interval."""
+    values = values.double()
+    return values.mean().item(), (1.96 * values.std() / len(values)**0.5).item() if len(values) > 1 else math.nan
+
+
+def bootstrap(difference, resamples=10_000):
+    """Mean of paired differences (n,), one a clip, and its 95 % interval over resampled clips: (mean, low, high)."""
+    if len(difference) < 2:
+        return difference.mean().item(), math.nan, math.nan
+    picks = torch.randint(len(difference), (resamples, len(difference)), generator=torch.Generator().manual_seed(0))
+    means = difference.double()[picks].mean(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return difference.mean().item(), low, high
+
+
+def expected_pairs(rows, chains):
+    """[(row, row)] of what is expected to be above what: each chain of (method, rate) is in order, best first."""
+    found = {(row.method, row.rate): row for row in rows}
+    return [(found[a], found[b]) for chain in chains for a, b in combinations(chain, 2) if {a, b} <= set(found)]
+
+
+def compare(title, pairs, metric, paper):
+    """Lines of Markdown: paired differences of rows, if there are any. paper: {(method, rate): the paper's figure}."""
+    if not pairs:
+        return []
+    lines = ["", f"{title}, with its 95 % interval (bootstrap over clips, 10,000 resamples).", "",
+             "| A above B | difference | interval | holds | paper's difference |", "|---|---|---|---|---|"]
+    for a, b in pairs:
+        mean, low, high = bootstrap(a.each(metric) - b.each(metric))
+        theirs = [paper.get((row.method, row.rate), math.nan) for row in (a, b)]
+        gap = "–" if math.isnan(sum(theirs)) else f"{theirs[0] - theirs[1]:+.2f}"
+        holds = "yes" if low > 0 else "no" if high < 0 else "undecided"
+        lines.append(f"| {a.name} above {b.name} | {mean:+.2f} | {low:+.2f} to {high:+.2f} | {holds} | {gap} |")
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def describe_runs(everything, metric, title, unit):
+    """Lines of Markdown: where each row comes from, and the spread over seeds."""
+    lines = ["", f"| row | checkpoint | step | seed | learning rate | {title} |", "|---|---|---|---|---|---|"]
+    for row in everything:
+        t = row.trained
+        lines.append(f"| {row.name} | {row.folder} | {t['step']} | {t['seed']} | {t['lr']:g} | "
+                     f"{row.each(metric).mean():.2f} |")
+    spreads = [f"{name} {statistics.stdev(x):.2f} ({len(x)} seeds)" for name, x in by_seed(everything, metric).items()
+               if len(x) > 1]
+    return [*lines, "", f"Standard deviation of {title} over training seeds, {unit}: "
+            + ("; ".join(spreads) or "one seed only") + "."]
+
+
+def write_csv(path, records):
+    with whole_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, records[0])
+        writer.writeheader()
+        writer.writerows(records)
+
+
+def write_seeds(path, everything, record, metrics):
+    """A CSV of all runs, with these columns of record(row), and of the first of them the spread over the seeds of each
+    method and rate."""
+    records, main = [], metrics[0]
+    for row in everything:
+        values, columns = by_seed(everything, main)[row.name], record(row)
+        records.append({"method": row.method, "rate": row.rate, "seed": row.trained["seed"],
+                        "step": row.trained["step"], **{key: columns[key] for key in metrics}, "seeds": len(values),
+                        f"{main}_mean_of_seeds": round(statistics.mean(values), 4),
+                        f"{main}_deviation_of_seeds": round(statistics.stdev(values), 4) if len(values) > 1 else ""})
+    write_csv(path, records)
+
+
+@contextmanager
+def plot(path, x, *labels, legend=True):
+    """Axes to draw labelled lines on, one for each label of a y axis, side by side; written to `path` at the end."""
+    columns = min(len(labels), 3)
+    figure = Figure(figsize=(8, 5) if columns == 1 else (4.5 * columns, 3.5 * -(-len(labels) // columns) + 0.5),
+                    layout="constrained")
+    every = figure.subplots(-(-len(labels) // columns), columns, squeeze=False).flatten()
+    yield every[:len(labels)]
+    for axes, y in zip(every, labels):
+        axes.set(xlabel=x, ylabel=y)
+        axes.grid(alpha=0.3)
+    if legend:
+        every[0].legend(fontsize="small" if columns == 1 else "xx-small")
+    for axes in every[len(labels):]:
+        axes.remove()
+    with whole_file(path) as part:
+        figure.savefig(part, dpi=130)
+
+
+def draw_curves(path, rows, everything):
+    """PSNR over the steps of every run, from its log; a colour a row, thin for the seeds that are not in the table."""
+    trained = everything[0].trained
+    what = f"PSNR, dB ({trained['held_out']} clips, {trained['sample_steps']} Euler steps)"
+    with plot(path, "step", what) as (axes,):
+        for i, row in enumerate(rows):
+            for one in (one for one in everything if one.name == row.name):
+                log = [json.loads(line) for line in (Path(one.folder) / "log.jsonl").read_text().splitlines()]
+                points = [(entry["step"], entry["psnr"]) for entry in log if "psnr" in entry]
+                axes.plot(*zip(*points), color=f"C{i}", marker=".", linewidth=1.6 if one is row else 0.6,
+                          label=row.name if one is row else None)
