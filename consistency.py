@@ -313,7 +313,7 @@ def make_absence_story(seed, absence, sections=10):
     asked for, and all else that is shown, is the same for every absence."""
     rng, story, shots = np.random.default_rng(seed), world.make_story(seed, 1), []
     for k in range(sections + 1):
-        scene, framing = (k, 0) if k < 3 else rng.integers(3, size=2).tolist()
+        scene, framing = (k, 0) if k < 3 else rng.integers((3, len(world.FRAMINGS))).tolist()
         here = k in (0, 2) or 3 <= k < sections - absence or k == sections
         shots.append(world.make_shot(rng, scene, 0 if here else None, None if here else 0, framing, k < 3))
     return replace(story, shots=tuple(shots))
