@@ -1,9 +1,11 @@
 """Video files and storyboards: reading, writing, finding, and the strips of frames that every preview is drawn with."""
+import errno
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import sys
 from collections import deque
 from contextlib import ExitStack, contextmanager
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 from av.video.reformatter import Interpolation
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
 
 from model import UserError
 
@@ -277,24 +280,39 @@ def file_hash(path):
 
 @contextmanager
 def whole_file(path):
-    """Makes the folder and gives a temporary path beside `path`: flushed and renamed at the end, removed on an
-    exception, so that `path` is always the old file or the whole new one."""
+    """Makes the folder and gives a temporary path near `path`: flushed and renamed at the end, removed on an exception,
+    so that `path` is always the old file or the whole new one. Raises OSError where the disk does not take it."""
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    folder = path.with_name(f".{path.name}.{os.getpid()}.part")     # of its own: safetensors has temporary files too
+    temporary = folder / f".{path.name}"
     try:
         if path.is_dir():
             raise IsADirectoryError(0, "it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
         raise UserError(f"{path} cannot be written ({error.strerror}): give one in a folder you may write to") from None
     try:
         yield temporary
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # safetensors has a name of its own for a full disk; PyTorch closes its file, which fails once more
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, (OSError, SafetensorError)):
+            raise
+        raise OSError(f"{path} cannot be written ({getattr(cause, 'strerror', None) or cause}); "
+                      "what was there stays as it was") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(folder):
+    """Remove what processes that were killed in whole_file() left in a folder that nobody else writes to now."""
+    for part in Path(folder).glob(".*.[0-9]*.part"):
+        shutil.rmtree(part, ignore_errors=True)
 
 
 class VideoWriter:
