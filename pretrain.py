@@ -289,7 +289,7 @@ def resume(config, model, ema, optimizers):
     except FileNotFoundError:
         raise UserError(f"--resume: no {path}; start without --resume") from None
     except Exception as e:
-        raise UserError(f"--resume: {path} cannot be read ({str(e).splitlines()[0]}); "
+        raise UserError(f"--resume: {path} cannot be read ({str(e).partition(chr(10))[0] or type(e).__name__}); "
                         "start again in another folder") from None
     free = ("steps", "out", "device", "compile", "resume", "cache", "save_every", "micro_batch", "held_out",
             "sample_steps", "sample_shift", "vae")

@@ -24,6 +24,7 @@ from model import UserError
 
 # FFmpeg's default conversion from YUV is fast and 1 level of 255 too dark; this one is right within 1.
 EXACT = Interpolation.POINT | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+MOST_PIXELS = 2**26     # of a frame, 8192 x 8192: a header may claim any size, and a frame is a few copies of it in memory
 VIDEO_SUFFIXES = {".mp4", ".mov", ".webm", ".mkv", ".gif", ".avi", ".m4v"}
 
 
@@ -59,6 +60,10 @@ class _Frames:
         self.stream = streams[0]
         self.stream.thread_type = "AUTO"
         self.decoder = self.stream.codec_context
+        if self.decoder.width * self.decoder.height > MOST_PIXELS:
+            self.close()
+            raise UserError(f"{self.path} is {self.decoder.width} x {self.decoder.height} pixels, too many to decode: "
+                            "make it smaller")
         keeps_alpha = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(self.decoder.name)  # FFmpeg's own decoders drop it
         if keeps_alpha and self.stream.metadata.get("alpha_mode") == "1":
             self.decoder = av.CodecContext.create(keeps_alpha, "r")
