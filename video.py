@@ -24,7 +24,8 @@ from model import UserError
 
 # FFmpeg's default conversion from YUV is fast and 1 level of 255 too dark; this one is right within 1.
 EXACT = Interpolation.POINT | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-MOST_PIXELS = 2**26     # of a frame, 8192 x 8192: a header may claim any size, and a frame is a few copies of it in memory
+MOST_PIXELS = 2**26     # of a frame, 8192 x 8192: a header may claim any size, and memory holds a frame several times
+LONGEST_STILL = 3600    # seconds that one frame may stay: a broken time stamp would fill the memory with copies of it
 VIDEO_SUFFIXES = {".mp4", ".mov", ".webm", ".mkv", ".gif", ".avi", ".m4v"}
 
 
@@ -64,6 +65,10 @@ class _Frames:
             self.close()
             raise UserError(f"{self.path} is {self.decoder.width} x {self.decoder.height} pixels, too many to decode: "
                             "make it smaller")
+        aspect = self.stream.sample_aspect_ratio
+        if aspect and not 0.1 < aspect < 10:
+            self.close()
+            raise UserError(f"{self.path} has pixels {float(aspect):g} times as wide as high: it is damaged")
         keeps_alpha = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(self.decoder.name)  # FFmpeg's own decoders drop it
         if keeps_alpha and self.stream.metadata.get("alpha_mode") == "1":
             self.decoder = av.CodecContext.create(keeps_alpha, "r")
@@ -226,6 +231,8 @@ def read_video(path, fps, height, width, start=0.0, seconds=None, last=None):
         for time, frame in frames.near(start):
             if frame is None and shown_since == 0:
                 count = 1  # the file is one picture
+            if shown is not None and time - shown_since > LONGEST_STILL:
+                raise UserError(f"{path} shows one frame for {time - shown_since:.0f} s: its time stamps are damaged")
             while shown is not None and k < count and start + k / fps < time - frames.grace:
                 picture = _fit(shown, height, width, aspect) if picture is None else picture
                 kept.append(picture)
