@@ -23,13 +23,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import world
 from model import PRESETS, UserError, get_preset, open_safetensors, pad_replicate, pick_device
-from video import (VideoWriter, file_hash, find_videos, parse_entries, prompt_at, read_video, storyboard_beside,
-                   video_info, whole_file)
+from video import (VideoWriter, file_hash, find_videos, parse_entries, prompt_at, read_video, remove_leftovers,
+                   storyboard_beside, video_info, whole_file)
 from wan import UMT5Prompts, WanCodec, ZeroPrompts
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,6 +265,15 @@ def encode_story(split, index, preset, codec):
     return codec.encode(to_pixels(pixels)[None])[0].half()
 
 
+def load_latents(path):
+    """The latents in a cache file."""
+    try:
+        with open_safetensors(path) as f:
+            return f.get_tensor("latents")
+    except (UserError, SafetensorError):
+        raise UserError(f"{path} is damaged: delete it, then it is made again") from None
+
+
 def world_clips(split, count, preset, codec, cache, keep_pixels=False):
     """`count` stories, encoded. Latents are cached in a file named after all that they depend on."""
     settings = (preset.sizes[0], preset.section, codec.settings, STORY_SECTIONS)
@@ -273,7 +283,7 @@ def world_clips(split, count, preset, codec, cache, keep_pixels=False):
         latents = [encode_story(split, i, preset, codec) for i in tqdm(range(count), desc=f"drawing {split} stories")]
         with whole_file(path) as part:
             save_file({"latents": torch.stack(latents)}, part)
-    latents = load_file(path)["latents"]                                        # (count, C, F, h, w)
+    latents = load_latents(path)                                                # (count, C, F, h, w)
     clips = []
     for i in range(count):
         story = world.make_story(world.world_seed(split, i), STORY_SECTIONS)
@@ -297,7 +307,7 @@ def encode_video(path, preset, codec, cache):
         frames = read_video(path, preset.fps, *nearest_size(preset, video_info(path)))
         with whole_file(file) as part:
             save_file({"latents": codec.encode(to_pixels(frames)[None])[0].half().contiguous()}, part)
-    return load_file(file)["latents"]
+    return load_latents(file)
 
 
 def report_skipped(skipped, total, folder):
@@ -552,6 +562,7 @@ def finish_cache(config, out, shards, settings, videos):
     report_skipped([message for index in indices for message in index["skipped"]], videos, config.videos)
     with whole_file(out / "manifest.json") as part:
         part.write_text(json.dumps(dict(settings=settings, bytes=[index["bytes"] for index in indices])))
+    remove_leftovers(out)
     clips = sum(len(index["clips"]) for index in indices)
     print(f"wrote {clips} clips of {videos} videos in {shards} shards to {out}")
 
@@ -611,6 +622,9 @@ def run_main(main):
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
+    except OSError as e:                # a full disk, a folder that is gone
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

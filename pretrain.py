@@ -27,7 +27,7 @@ from data import make_codec, make_prompts, open_dataset, parse_flags, psnr, run_
 from encoder import FRAME_METHODS, MemoryDiT
 from model import (Preset, UserError, add_lora, add_noise, autocast, euler, get_preset, load_base, pick_device,
                    product_dtype, sample_t)
-from video import contact_strip, whole_file
+from video import contact_strip, remove_leftovers, whole_file
 from wan import comfy_name
 
 
@@ -261,15 +261,12 @@ def start_processes(config):
 
 
 def save(config, stage, model, ema, optimizers, step):
-    """state.pt, all that --resume needs; model.safetensors, the averaged weights that sample.py and eval.py read; with
-    a LoRA that alone too, under the names that ComfyUI reads."""
+    """model.safetensors, the averaged weights that sample.py and eval.py read; with a LoRA that alone too, under the
+    names that ComfyUI reads; state.pt, all that --resume needs. It comes last: what it says is done is all on the disk,
+    and a run killed between two files goes on from the older state.pt and writes the others again."""
     out = Path(config.out)
     names = model.saved_names()
     tensors = lambda: {name: tensor for name, tensor in model.state_dict().items() if name in names}
-    state = {"step": step, "config": asdict(config), "model": tensors(), "ema": ema.shadow,
-             "optimizers": [o.state_dict() for o in optimizers]}
-    with whole_file(out / "state.pt") as path:
-        torch.save(state, path)
     metadata = {"config": json.dumps({**asdict(config), "stage": stage, "step": step})}
     with ema.swapped():
         with whole_file(out / "model.safetensors") as path:
@@ -277,6 +274,10 @@ def save(config, stage, model, ema, optimizers, step):
         if config.lora:
             with whole_file(out / "lora.safetensors") as path:
                 save_file({comfy_name(name): tensor for name, tensor in tensors().items() if ".lora_" in name}, path)
+    state = {"step": step, "config": asdict(config), "model": tensors(), "ema": ema.shadow,
+             "optimizers": [o.state_dict() for o in optimizers]}
+    with whole_file(out / "state.pt") as path, open(path, "wb") as f:   # a Python file says why it cannot be written
+        torch.save(state, f)
 
 
 def resume(config, model, ema, optimizers):
@@ -284,21 +285,30 @@ def resume(config, model, ema, optimizers):
     path = Path(config.out) / "state.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        step, theirs, tensors, shadow, saved = (state[k] for k in ("step", "config", "model", "ema", "optimizers"))
     except FileNotFoundError:
         raise UserError(f"--resume: no {path}; start without --resume") from None
     except Exception as e:
-        raise UserError(f"--resume: {path} cannot be read ({str(e).splitlines()[0]}); start without --resume") from None
+        raise UserError(f"--resume: {path} cannot be read ({str(e).partition(chr(10))[0] or type(e).__name__}); "
+                        "start again in another folder") from None
     free = ("steps", "out", "device", "compile", "resume", "cache", "save_every", "micro_batch", "held_out",
             "sample_steps", "sample_shift", "vae")
-    for key, value in state["config"].items():
+    for key, value in theirs.items():
         if key not in free and value != getattr(config, key):
             raise UserError(f"--resume: {path} was made with --{key} {value}, not {getattr(config, key)}; "
                             "give the same flags")
-    model.load_state_dict({**model.state_dict(), **state["model"]})
-    torch._foreach_copy_(ema.shadow, state["ema"])
-    for optimizer, saved in zip(optimizers, state["optimizers"]):
-        optimizer.load_state_dict(saved)
-    return state["step"]
+    held = model.state_dict()
+    ours = {name: held[name] for name in model.saved_names()}
+    for name in ours | tensors:
+        if (name not in ours or name not in tensors or ours[name].shape != tensors[name].shape
+                or not tensors[name].isfinite().all()):
+            raise UserError(f"--resume: {path}: {name} is missing, unexpected, of another shape or not finite; "
+                            "start again in another folder")
+    model.load_state_dict({**held, **tensors})
+    torch._foreach_copy_(ema.shadow, shadow)
+    for optimizer, its in zip(optimizers, saved):
+        optimizer.load_state_dict(its)
+    return step
 
 
 LOSS_TIMES = (0.25, 0.5, 0.75, 0.95, 0.99)
@@ -381,11 +391,13 @@ def describe(config, model, tools, world):
 
 
 def start_log(out, first):
-    """Make the run folder; of a log that is there, keep the steps that are not done again."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Make the run folder; of a log that is there, keep the steps that are not done again. (Of a run that was killed,
+    the last line may be half of one.)"""
+    remove_leftovers(out)
     log = out / "log.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
-    log.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= first))
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    with whole_file(log) as path:
+        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first))
 
 
 def accumulate_gradients(config, tools, draw, ddp, clips, step, rank, world, device):
@@ -402,6 +414,9 @@ def accumulate_gradients(config, tools, draw, ddp, clips, step, rank, world, dev
             (loss * world / config.batch).backward()                # DDP averages over processes: undo it
         total += loss.detach()
     return total
+
+
+MOST_SKIPPED = 10       # steps in a row without a finite gradient, then a run is given up
 
 
 def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank, world, device):
@@ -428,6 +443,7 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda number, frame: signals.append(number))
 
+    skipped = 0                                                     # steps in a row without a finite gradient
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc=stage, disable=rank > 0)
     started = time.time()
     for step in bar:
@@ -437,7 +453,8 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
         batch = [clips[i] for i in clips.batch(step, config.batch, config.seed)]
         total = accumulate_gradients(config, tools, draw, ddp, batch, step, rank, world, device)
         norm = torch.nn.utils.clip_grad_norm_(ema.params, config.clip_grad)
-        if norm.isfinite():                                         # the same on every process: gradients are shared
+        skipped = 0 if norm.isfinite() else skipped + 1             # the same on every process: gradients are shared
+        if not skipped:
             for optimizer in optimizers:
                 optimizer.step()
             ema.update(step)
@@ -449,13 +466,14 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
             dist.all_reduce(shared[:1])
             dist.all_reduce(shared[1:], dist.ReduceOp.MAX)          # a signal to one stops all after the same step
         record = {"step": step + 1, "loss": shared[0].item() / config.batch, "grad_norm": norm.item()}
+        if skipped:
+            record["skipped"] = skipped
         stop = int(shared[1])
         bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
 
-        if stop or step + 1 == config.steps or (step + 1) % config.save_every == 0:
+        due = step + 1 == config.steps or (step + 1) % config.save_every == 0
+        if due:
             record["minutes"] = round((time.time() - started) / 60, 2)
-            if rank == 0:
-                save(config, stage, model, ema, optimizers, step + 1)
             with ema.swapped():
                 figures, pictures = evaluate_all(eval_config, tools, draw, model, held_out, rank, world, device)
             record.update({k: round(v, 4) for k, v in figures.items()})
@@ -466,6 +484,11 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
         if rank == 0:
             with (out / "log.jsonl").open("a") as log:
                 log.write(json.dumps(record) + "\n")
+        if skipped == MOST_SKIPPED:                                 # the checkpoint stays that of a better time
+            raise SystemExit(f"error: the gradient was not finite {skipped} times in a row, up to step {step + 1}; "
+                             f"{out} stays as it was last saved" if rank == 0 else 1)
+        if rank == 0 and (due or stop):                             # last: what belongs to a saved step is all there
+            save(config, stage, model, ema, optimizers, step + 1)
         if stop:
             if rank == 0:
                 tqdm.write(f"stopped by a signal after step {step + 1}, saved in {out}; go on with --resume")

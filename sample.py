@@ -166,29 +166,29 @@ def main():
           f"{len(kept) / preset.fps:g} s (uncompressed: {memory.uncompressed})")
 
     made, times = [], []
-    size = history.shape[1:3]
+    size, length = history.shape[1:3], preset.section * codec.stride[0]         # frames a section
+    every = max(1, length // 4, math.ceil(sections * length / 48))              # for the strip: at most 48 frames stay
     with VideoWriter(save_file, preset.fps, *size) as writer:
         writer.write(history)
         for latents, seconds in tqdm(continue_video(model, codec, texts, memory, config, size), total=sections,
                                      desc="sections"):
-            made.append(to_frames(decode(latents))[0].cpu())                    # (F, H, W, 3)
-            writer.write(made[-1])
+            frames = to_frames(decode(latents))[0].cpu()                        # (F, H, W, 3)
+            writer.write(frames)
+            made.append(frames[-len(times) * length % every::every].clone())
             times.append(seconds)
     strip = save_file.with_suffix(".png")
-    draw_strip(strip, history, torch.cat(made), preset, codec)
+    draw_strip(strip, history, length, torch.cat(made), every / preset.fps)
     print(f"{sum(times) / len(times):.2f} s a section of {section_seconds:g} s; "
           f"peak memory {peak_memory(device):.2f} GiB")
     print(f"wrote {save_file} and {strip}")
 
 
-def draw_strip(path, history, made, preset, codec):
-    """A labelled picture: the newest 12 sections of the history above, a frame each; new ones below, 4 frames each."""
-    length = preset.section * codec.stride[0]                                   # frames a section
+def draw_strip(path, history, length, made, seconds):
+    """A labelled picture: the newest 12 sections (of `length` frames) of the history above, a frame each; below the new
+    frames `made`, which are `seconds` apart."""
     rows = [("history,\na frame a section", history[len(history) % length // 2::length][-12:])]
-    some = made[::max(1, length // 4)]
-    for first in range(0, len(some), 12):
-        seconds = first * max(1, length // 4) / preset.fps
-        rows.append((f"new, from {seconds:g} s", some[first:first + 12]))
+    for first in range(0, len(made), 12):
+        rows.append((f"new, from {first * seconds:g} s", made[first:first + 12]))
     contact_strip(rows, path)
 
 

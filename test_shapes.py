@@ -14,7 +14,10 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import random
+import shutil
 import signal
 import socket
 import struct
@@ -29,6 +32,7 @@ from types import SimpleNamespace
 import av
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -47,6 +51,7 @@ import pretrain
 import sample
 import scores
 import tables
+import video
 import wan
 import world as W
 from data import Clip, Clips, DCTCodec, HashPrompts, to_frames, to_pixels, world_clips
@@ -2749,3 +2754,562 @@ def test_shipped_model_remembers_and_obeys(tmp_path):
             assert written["obeys"].mean() >= 75, written["obeys"]
     # the forty-minute model that ships is 1.3 dB apart on 64 stories; 3 dB is what a longer run has to reach
     assert found["right"] > max(found["wrong"], found["none"]) + 0.7, found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Nothing is lost: killed runs, full disks, numbers that are not finite, broken and hostile files
+# The long ones print a line of figures each: python -m pytest -q -m stress test_shapes.py
+
+STAGES = [(pretrain, {}), (finetune, {"encoder": "none"})]
+
+
+def posix(test):
+    """For tests of Processes. A training before the first fork has made all the slow imports."""
+    test = pytest.mark.skipif(not hasattr(os, "fork"), reason="kills processes")(test)
+    return pytest.mark.usefixtures("stage1")(test)
+
+
+class Processes:
+    """A script's main in `world` processes of its own, killed by kill(), joined by wait(). A fork has no imports to
+    wait for; prepare(rank) runs in each before main. What they say goes to said."""
+
+    def __init__(self, main, *flags, world=1, prepare=lambda rank: None):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        self.files = [Path(f"said-{port}-{rank}") for rank in range(world)]
+
+        def work(rank):
+            for s in signal.SIGINT, signal.SIGTERM:
+                signal.signal(s, signal.SIG_DFL if s == signal.SIGTERM else signal.default_int_handler)
+            sys.stdout = sys.stderr = self.files[rank].open("w", buffering=1)
+            if world > 1:
+                os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_PORT=str(port),
+                                  MASTER_ADDR="127.0.0.1")
+            prepare(rank)
+            run(main, *flags)
+        fork = multiprocessing.get_context("fork")
+        self.processes = [fork.Process(target=work, args=(rank,)) for rank in range(world)]
+        for process in self.processes:
+            process.start()
+
+    def kill(self, rank=0, number=signal.SIGKILL):
+        os.kill(self.processes[rank].pid, number)
+
+    def wait(self):
+        """The exit codes."""
+        for process in self.processes:
+            process.join(120)
+            process.kill()
+            process.join()
+        return [process.exitcode for process in self.processes]
+
+    @property
+    def said(self):
+        return [file.read_text() for file in self.files]
+
+
+def finish(main, *flags, **more):
+    """Processes that must end well."""
+    processes = Processes(main, *flags, **more)
+    assert set(processes.wait()) == {0}, "\n".join(processes.said)
+
+
+def same(a, b):
+    """Equal to the last bit?"""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, list | tuple) else a == b
+
+
+def assert_same_run(a, b):
+    """Two run folders hold the same steps, pictures and weights, but for their times, and nothing else."""
+    state, other = (torch.load(folder / "state.pt") for folder in (a, b))
+    for part in "step", "model", "ema", "optimizers":
+        assert same(state[part], other[part]), part
+    assert same(load_file(a / "model.safetensors"), load_file(b / "model.safetensors"))
+    logs = [[{k: v for k, v in json.loads(line).items() if k != "minutes"}
+             for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (a, b)]
+    assert logs[0] == logs[1] and sorted(p.name for p in a.iterdir()) == sorted(p.name for p in b.iterdir())
+
+
+def slow_saves(rank):
+    """Make every save take about 0.2 s: files grow piece by piece, and their renaming waits."""
+    def write(f, content):
+        for i in range(0, len(content), len(content) // 8 + 1):
+            f.write(content[i:i + len(content) // 8 + 1])
+            f.flush()
+            time.sleep(0.01)
+
+    def save_slowly(state, f, real=torch.save):
+        buffer = io.BytesIO()
+        real(state, buffer)
+        write(f, buffer.getvalue())
+
+    def save_file_slowly(tensors, path, metadata=None):
+        with open(path, "wb") as f:
+            write(f, safetensors.torch.save(tensors, metadata))
+
+    def replace_slowly(a, b, real=os.replace):
+        time.sleep(0.01)
+        real(a, b)
+    torch.save, pretrain.save_file, os.replace = save_slowly, save_file_slowly, replace_slowly
+
+
+def crash(stage, more, cache, times, in_saves, world=1, seed=0, steps=12):
+    """Kill a run `times` times, each at another random moment of a run from the start, `in_saves` of them inside a
+    save; each goes on and must end as the run `whole` that nothing happened to. Returns how many were in a save, how
+    many had a checkpoint to go on from."""
+    rng, out, counts = random.Random(seed), Path("killed"), [0, 0]
+    given = flags(cache, steps=steps, save_every=3, **more)
+    started = time.time()
+    finish(stage.main, *given, "--out", "whole", world=world)
+    lasts, done = time.time() - started, 0
+    while done < times:
+        shutil.rmtree(out, ignore_errors=True)
+        slow = done < in_saves
+        processes = Processes(stage.main, *given, "--out", out, world=world,
+                              prepare=slow_saves if slow else lambda rank: None)
+        if slow:                                                    # the k-th time that a file is begun
+            for _ in range(rng.randint(1, 2 * steps // 3 - 1)):
+                while not list(out.glob(".[ms]*.part/.*")) and processes.processes[0].is_alive():
+                    time.sleep(0.001)
+                time.sleep(rng.uniform(0, 0.12))
+        else:
+            time.sleep(rng.uniform(0, lasts))
+        processes.kill(rng.randrange(world))                        # the others fail, for they have lost a peer
+        if -signal.SIGKILL not in processes.wait():
+            continue                                                # it was done already
+        done += 1
+        counts[0] += any(out.glob(".[ms]*.part"))
+        going_on = (out / "state.pt").exists()
+        counts[1] += going_on
+        finish(stage.main, *given, "--out", out, *["--resume"] * going_on, world=world)
+        assert_same_run(Path("whole"), out)
+    return counts
+
+
+@posix
+def test_a_killed_run_goes_on(cache):
+    in_saves, _ = crash(pretrain, {}, cache, times=2, in_saves=2, steps=6)
+    assert in_saves >= 1
+
+
+@posix
+@pytest.mark.stress
+@pytest.mark.parametrize("stage, more", STAGES)
+def test_20_killed_runs_go_on(stage, more, cache, capsys):
+    started = time.time()
+    in_saves, resumed = crash(stage, more, cache, times=20, in_saves=8, seed=1)
+    assert in_saves >= 5
+    with capsys.disabled():
+        print(f"\ncrash resume, {stage.__name__}: 20 of 20 killed runs ended bit-identical, {in_saves} killed inside a "
+              f"save, {resumed} with a checkpoint to go on from; {time.time() - started:.0f} s")
+
+
+@posix
+@pytest.mark.stress
+def test_killed_runs_of_two_processes_go_on(cache, capsys):
+    started = time.time()
+    in_saves, resumed = crash(pretrain, {}, cache, times=6, in_saves=3, world=2, seed=2)
+    with capsys.disabled():
+        print(f"\ncrash resume, 2 processes: 6 of 6 ended bit-identical, {in_saves} killed inside a save, {resumed} "
+              f"with a checkpoint to go on from; {time.time() - started:.0f} s")
+
+
+def stop_at(step, number):
+    """A prepare() that sends this process a signal in this step, by itself."""
+    def prepare(rank):
+        def draw(config, tools, clips, rows, now, real=draw_retrieval):
+            if now == step and rank == 0:
+                os.kill(os.getpid(), number)
+            return real(config, tools, clips, rows, now)
+        pretrain.draw_retrieval = draw
+    return prepare
+
+
+@posix
+def test_a_signal_to_one_process_stops_both_and_one_goes_on(cache, exact_adamw):
+    given = flags(cache, steps=5, optimizer="adamw", lr=1e-3)
+    finish(pretrain.main, *given, "--out", "whole")
+    stopped = Processes(pretrain.main, *given, "--out", "parts", world=2, prepare=stop_at(2, signal.SIGINT))
+    assert stopped.wait() == [130, 130] and "go on with --resume" in stopped.said[0] and len(losses("parts")) == 3
+    finish(pretrain.main, *given, "--out", "parts", "--resume")     # another number of processes: the same samples
+    assert losses("parts") == pytest.approx(losses("whole"), abs=1e-5)
+
+
+@posix
+def test_a_full_disk_leaves_the_old_checkpoint(cache):
+    """No file may grow beyond a limit, which fails in the kernel as a full disk does."""
+    import resource
+    given, out = flags(cache, steps=4, save_every=2, out="run"), Path("run")
+    finish(pretrain.main, *given, "--out", "whole")
+    assert Processes(pretrain.main, *given, prepare=stop_at(1, signal.SIGTERM)).wait() == [143]
+    before = (out / "state.pt").read_bytes()
+    for most in "model.safetensors", "state.pt":                    # half of state.pt has room for model.safetensors
+        limit = (out / most).stat().st_size // 2
+        processes = Processes(pretrain.main, *given, "--resume",
+                              prepare=lambda rank: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+        assert processes.wait() == [1] and "Traceback" not in processes.said[0]
+        line = [line for line in processes.said[0].splitlines() if line.startswith("error: ")]
+        assert len(line) == 1 and most in line[0] and "File too large" in line[0]
+        assert (out / "state.pt").read_bytes() == before and not list(out.glob(".*"))
+    finish(pretrain.main, *given, "--resume")
+    assert_same_run(Path("whole"), out)
+
+
+@posix
+def test_a_folder_that_is_read_only_or_gone(cache, tmp_path):
+    shutil.copytree(cache, "cache")
+    for folder in tmp_path, Path("cache"):
+        folder.chmod(0o755)
+    given, out = flags("cache", steps=4, out="run"), Path("run")
+    finish(pretrain.main, *given, "--steps", 2)
+    for file in [*Path("cache").iterdir(), *out.iterdir()]:
+        file.chmod(0o644)
+    out.chmod(0o555)
+    before = {p: p.read_bytes() for p in out.iterdir()}
+    processes = Processes(pretrain.main, *given, "--resume",        # root may write anywhere
+                          prepare=lambda rank: os.geteuid() or os.setuid(65534))
+    assert processes.wait() == [2] and "Permission denied" in processes.said[0] and "Traceback" not in processes.said[0]
+    assert {p: p.read_bytes() for p in out.iterdir()} == before
+    out.chmod(0o755)
+
+    def prepare(rank, real=draw_retrieval):
+        pretrain.draw_retrieval = lambda *a: shutil.rmtree(out, ignore_errors=True) or real(*a)
+    processes = Processes(pretrain.main, *given, "--resume", prepare=prepare)
+    assert processes.wait() == [1] and "Traceback" not in processes.said[0]
+    assert "error: [Errno 2] No such file or directory: 'run/log.jsonl'" in processes.said[0]
+
+
+def test_leftovers_are_removed_and_nothing_else(tmp_path):
+    for name in ".state.pt.123.part", ".model.safetensors.7.part":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".tmpAbC").touch()
+    keep = {".hidden.12.txt", "a.12.part", ".git", ".x.part", "log.jsonl"}
+    for name in keep:
+        (tmp_path / name).touch()
+    video.remove_leftovers(tmp_path)
+    assert set(os.listdir(tmp_path)) == keep
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    pretrain.start_log(tmp_path, 2)                                 # a line that a kill cut short
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.fixture
+def exact_adamw(monkeypatch):
+    """Float32, so that processes differ by the order of sums alone."""
+    monkeypatch.setattr(pretrain, "autocast", lambda device: torch.autocast("cpu", enabled=False))
+
+
+def gaps(cache, optimizer, steps, worlds, micro_batches=()):
+    """{setting: largest difference of the losses at the first step, at the last, anywhere} from one process."""
+    given = flags(cache, steps=steps, save_every=steps, optimizer=optimizer, lr=0.02 if optimizer == "muon" else 1e-3)
+    finish(pretrain.main, *given, "--out", "1")
+    found = {}
+    for name, more, world in [*((f"{n} processes", (), n) for n in worlds),
+                              *((f"4 x {n}" if n == 1 else f"micro-batch {n}", ("--micro_batch", n), 1)
+                                for n in micro_batches)]:
+        finish(pretrain.main, *given, "--out", name, *more, world=world)
+        gap = np.abs(np.subtract(losses("1"), losses(name)))
+        found[name] = gap[0], gap[-1], gap.max()
+    return found
+
+
+@posix
+def test_processes_and_accumulation_give_equal_losses(cache, exact_adamw):
+    for first, last, most in gaps(cache, "adamw", 6, worlds=[2], micro_batches=[1]).values():
+        assert first < 1e-6 and most < 1e-5
+
+
+@posix
+@pytest.mark.stress
+def test_equal_gradients_for_50_steps(cache, exact_adamw, capsys):
+    for optimizer in "adamw", "muon":
+        Path(optimizer).mkdir()
+        with contextlib.chdir(optimizer):
+            found = gaps(cache, optimizer, 50, worlds=[2, 4], micro_batches=[1])
+        with capsys.disabled():
+            print(f"\nequal gradients, {optimizer}: differences of the loss at step 1, step 50, most: " + "; ".join(
+                f"{name} {a:.1e}, {b:.1e}, {c:.1e}" for name, (a, b, c) in found.items()))
+        for first, last, _ in found.values():
+            assert first < 1e-6 and (optimizer == "muon" or last < 1e-4)
+
+
+@pytest.mark.parametrize("world", range(1, 9))
+def test_processes_share_every_batch(world, monkeypatch):
+    class Enough(Exception):
+        pass
+    clips = Clips([Clip(torch.zeros(16, 4, 8, 8), []) for _ in range(29)])
+    for batch, micro in (8, 8), (9, 2), (13, 1):
+        seen = []
+
+        def draw(config, tools, some, rows, step):
+            seen.extend(some[row] for row in rows)
+            return SimpleNamespace(to=lambda device: SimpleNamespace(
+                **dict.fromkeys("hr lr target frames noise t text".split())))
+
+        class Model:
+            no_sync = contextlib.nullcontext
+            __call__ = lambda self, *a: torch.zeros(1, requires_grad=True)                  # noqa: E731
+        config = pretrain.PretrainConfig(batch=batch, micro_batch=micro)
+        per_epoch = 29 // batch
+        for step in range(per_epoch):
+            for rank in range(world):
+                pretrain.accumulate_gradients(config, None, draw, Model(), clips.batch(step, batch, 0), step, rank,
+                                              world, torch.device("cpu"))
+        assert sorted(seen) == sorted(set(seen)) and len(seen) == per_epoch * batch
+
+
+def test_the_same_seed_gives_the_same_files(cache, tmp_path, monkeypatch):
+    write_video("clip.mp4", 10)
+    for folder in "a", "b":
+        Path(folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        run(finetune.main, *flags(cache, out="run", encoder="none"))
+        run(sample.main, "--history", "../clip.mp4", "--checkpoint", "run/model.safetensors", "--seconds=3",
+            "--steps=2", "--save_file=run/a.mp4")
+        monkeypatch.chdir(tmp_path)
+    files = sorted(p.name for p in Path("a/run").iterdir() if p.name != "log.jsonl")
+    assert {"model.safetensors", "state.pt", "a.mp4", "a.png", "preview_000003.png"} == set(files)
+    assert all(Path("a/run", name).read_bytes() == Path("b/run", name).read_bytes() for name in files)
+
+
+def watch(steps, bad):
+    """A prepare(): at the start of each step this process notes the hash of its weights, averages and optimizers in
+    steps-RANK; bad(rank, step) names what is not a number then: "batch" or "gradient"."""
+    def prepare(rank):
+        held, now = [], [0]
+
+        class Watched(pretrain.EMA):
+            def __init__(self, model, decay):
+                super().__init__(model, decay)
+                held.append(self)
+                self.params[0].register_hook(lambda g: g * math.nan if bad(rank, now[0]) == "gradient" else g)
+
+        def make_optimizers(*a, real=pretrain.make_optimizers):
+            held.extend(made := real(*a))
+            return made
+
+        def draw(config, tools, clips, rows, step, real=draw_retrieval):
+            batch = real(config, tools, clips, rows, step)
+            if torch.is_grad_enabled():
+                now[0] = step
+                states = [x for o in held[1:] for s in o.state.values() for x in s.values()]
+                digest = hashlib.sha256()
+                for tensor in [*held[0].params, *held[0].shadow, *states]:
+                    digest.update(tensor.detach().numpy().tobytes())
+                with open(f"{steps}-{rank}", "a") as f:
+                    f.write(digest.hexdigest() + "\n")
+                if bad(rank, step) == "batch":
+                    batch.target[0, 0, 0, 0, 0] = math.nan
+            return batch
+        pretrain.EMA, pretrain.make_optimizers, pretrain.draw_retrieval = Watched, make_optimizers, draw
+    return prepare
+
+
+@posix
+def test_numbers_that_are_not_finite_change_nothing(cache):
+    bad = lambda rank, step: {2: "batch", 4: "gradient"}.get(step) if rank == 1 else None   # noqa: E731
+    processes = Processes(pretrain.main, *flags(cache, steps=7, out="run"), world=2, prepare=watch("steps", bad))
+    assert processes.wait() == [0, 0], processes.said
+    hashes, other = (Path(f"steps-{rank}").read_text().split() for rank in (0, 1))
+    assert hashes == other and len(hashes) == 7
+    assert [i for i in range(6) if hashes[i] == hashes[i + 1]] == [2, 4]
+    log = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log if "skipped" in entry] == [3, 5] and "step 3: the" in processes.said[0]
+
+
+@posix
+def test_too_many_of_them_stop_the_run(cache):
+    given = flags(cache, steps=30, save_every=2, out="run")
+    bad = lambda rank, step: "batch" if step >= 2 else None                                 # noqa: E731
+    processes = Processes(pretrain.main, *given, prepare=watch("steps", bad))
+    assert processes.wait() == [1] and "Traceback" not in processes.said[0]
+    assert "error: the gradient was not finite 10 times in a row, up to step 12;" in processes.said[0]
+    assert len(set(Path("steps-0").read_text().split())) == 3
+    assert torch.load("run/state.pt")["step"] == 10 and len(losses("run")) == 12
+    state = torch.load("run/state.pt")
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+    finish(pretrain.main, *given, "--resume", "--steps", 11)
+
+
+def claim_size(path, width, height):
+    """Let a gif say that it is of another size."""
+    content = bytearray(path.read_bytes())
+    content[6:10] = struct.pack("<HH", width, height)
+    path.write_bytes(content)
+
+
+def test_a_folder_of_broken_videos(tmp_path, capsys):
+    folder = tmp_path / "videos"
+    for i in range(40):                                             # the same few under many names
+        if i < 4:
+            write_video(folder / f"good{i}.mp4", 10 + i, i)
+        else:
+            shutil.copy(folder / f"good{i % 4}.mp4", folder / f"good{i}.mp4")
+    write_raw(folder / "odd.mkv", greys(12, 33, 35), "ffv1", "bgr0", times=[500 * i for i in range(12)])
+    good = (folder / "good0.mp4").read_bytes()
+    Image.new("RGB", (32, 32)).save(folder / "picture.png")
+    (folder / "picture.png").rename(folder / "picture.mp4")
+    (folder / "truncated.mp4").write_bytes(good[:len(good) // 8])
+    (folder / "empty.mp4").touch()
+    (folder / "text.mp4").write_text("not a video\n" * 50)
+    write_video(folder / "one.mp4", 1)
+    write_sound(folder / "sound.mp4")
+    with VideoWriter(folder / "huge.gif", 2, 32, 32) as w:
+        w.write(greys(10, 32, 32))
+    claim_size(folder / "huge.gif", 16000, 16000)
+    torch.save(Bomb(), folder / "pickle.mp4")
+    with av.open(str(folder / "thin.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=2)
+        stream.height, stream.width, stream.pix_fmt = 32, 32, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = Fraction(1, 20)
+        for frame in greys(10, 32, 32).numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        container.mux(stream.encode(None))
+    write_raw(folder / "late.mkv", greys(12, 32, 32), "ffv1", "bgr0", times=[*range(0, 5500, 500), 10**9])
+    bad = {"thin.mp4", "late.mkv", "picture.mp4", "truncated.mp4", "empty.mp4", "text.mp4", "one.mp4", "sound.mp4",
+           "huge.gif", "pickle.mp4"}
+
+    def reported(skipped):
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: ")]
+        assert len(lines) == skipped and {name for name in bad if not any(name in line for line in lines)} == set()
+    train, held_out = data.video_clips(folder, TINY, DCTCodec(), tmp_path / "cache")
+    reported(10)
+    frames = sorted(clip.frames for clip in [*train.clips, *held_out.clips])
+    assert frames == sorted([*range(10, 14)] * 10 + [12])           # nothing in the place of what was skipped
+    shards = cached(folder)
+    reported(10)
+    train, held_out = data.cached_clips(shards, TINY, DCTCodec(), 99)
+    assert sorted(clip.frames for clip in [*train.clips, *held_out.clips]) == frames
+    for i in range(10):
+        (folder / f"good{i}.mp4").unlink()
+    with pytest.raises(UserError, match="10 of 41 videos"):
+        data.video_clips(folder, TINY, DCTCodec(), tmp_path / "cache")
+    with pytest.raises(UserError, match="10 of 41 videos"):
+        cached(folder)
+    assert not Path("exploded").exists()
+
+
+def test_a_damaged_cache_is_named(cache, tmp_path):
+    shutil.copytree(cache, "cache")
+    path = next(Path("cache").glob("world-train-8-*"))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"{path.name} is damaged: delete it"):
+        world_clips("train", 8, TINY, DCTCodec(), "cache")
+
+
+def lying_header(shape, size):
+    """The start of a safetensors file whose header claims a tensor of this shape."""
+    header = json.dumps({"head.head.bias": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}).encode()
+    return struct.pack("<Q", len(header)) + header
+
+
+@posix
+@pytest.mark.parametrize("content", [struct.pack("<Q", 2**42) + b"{}", struct.pack("<Q", 2**63 - 1) + b" " * 99,
+                                     lying_header([2**40], 2**42) + bytes(64), lying_header([2**40], 64) + bytes(64)],
+                         ids=["header", "largest header", "tensor", "shape"])
+def test_weights_that_claim_terabytes_take_no_memory(content, cache):
+    def limit(rank):
+        import resource
+        held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + 2**28, held + 2**28))
+    Path("a.safetensors").write_bytes(content)
+    write_video("good.mp4")
+    for script, given in ((sample, ("--checkpoint", "a.safetensors", "--history", "good.mp4")),
+                          (pretrain, flags(cache, init="a.safetensors", out="run"))):
+        processes = Processes(script.main, *given, prepare=limit)
+        assert processes.wait() == [2], processes.said
+        assert "error: a.safetensors is not a readable safetensors file" in processes.said[0]
+
+
+@pytest.mark.parametrize("damage, says", [
+    (lambda s: s["model"].pop("dit.head.head.bias"), "dit.head.head.bias"),
+    (lambda s: s["model"].update(spare=torch.ones(2)), "spare"),
+    (lambda s: s["model"].update({"dit.head.head.bias": torch.ones(1).expand(2**40)}), "dit.head.head.bias"),
+    (lambda s: s["model"]["dit.head.head.bias"].fill_(math.nan), "dit.head.head.bias"),
+    (lambda s: s.pop("ema"), "cannot be read"), (lambda s: s.update(bomb=Bomb()), "cannot be read"),
+    ("truncated", "cannot be read"), ("empty", "cannot be read")])
+def test_a_hostile_state_changes_nothing(damage, says, stage1, refused, cache, monkeypatch):
+    shutil.copytree(stage1, "run")
+    path = Path("run/state.pt")
+    if callable(damage):
+        state = torch.load(path)
+        damage(state)
+        torch.save(state, path)
+    else:
+        path.write_bytes(path.read_bytes()[:-100] if damage == "truncated" else b"")
+    loaded = []
+    monkeypatch.setattr(MemoryDiT, "load_state_dict", lambda *a, **k: loaded.append(a))
+    assert says in refused(pretrain.main, *flags(cache, out="run", steps=41, resume=True))
+    assert not loaded and not Path("exploded").exists()
+
+
+def resident(pid="self"):
+    """Bytes of memory that this process holds."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads the memory in use from /proc")
+
+
+@linux
+@pytest.mark.stress
+@pytest.mark.parametrize("stage, more", STAGES)
+def test_memory_of_1000_steps(stage, more, cache, monkeypatch, capsys):
+    found = []
+    monkeypatch.setattr(pretrain, "accumulate_gradients", lambda *a, real=pretrain.accumulate_gradients: (
+        found.append(resident()), real(*a))[1])
+    run(stage.main, *flags(cache, out="run", steps=1200, batch=2, save_every=100, **more))
+    growth = max(found[-100:]) / max(found[100:200]) - 1
+    with capsys.disabled():
+        print(f"\nmemory, {stage.__name__}: {growth:+.2%} from steps 101 to 200 on to steps 1101 to 1200, 12 saves "
+              f"among them ({max(found) / 2**20:.0f} MiB)")
+    assert growth < 0.01
+
+
+@linux
+@pytest.mark.stress
+def test_memory_of_200_sections(monkeypatch, capsys):
+    found, tokens = [], []
+
+    def watched(config, *a, real=Memory.append):
+        real(config, *a)
+        found.append(resident())
+        context = config.context()
+        tokens.append(context[0].shape[1])
+    monkeypatch.setattr(Memory, "append", watched)
+    write_video("clip.mp4", 40)
+    for seconds in 20, 0:
+        found.clear(), tokens.clear()
+        run(sample.main, "--history", "clip.mp4", "--checkpoint", write_checkpoint(), "--seconds", 400, "--steps", 1,
+            "--memory_seconds", seconds, "--save_file", "a.mp4")
+        growth = max(found[-20:]) - max(found[10:30])
+        with capsys.disabled():
+            print(f"\nmemory of {len(found) - 1} sections, --memory_seconds {seconds}: {growth / 2**20:+.2f} MiB of "
+                  f"{max(found) / 2**20:.0f} from sections 10-30 to the last 20; {tokens[10]} to {tokens[-1]} tokens")
+        assert len(found) == 201 and growth < 0.01 * max(found)
+        assert seconds == 0 or tokens[10] == tokens[-1]
+
+
+@pytest.mark.stress
+def test_saving_costs_little(cache, monkeypatch, capsys):
+    """At the defaults of stage 1: the nano preset, a batch of 8, a save every 250 steps."""
+    saves, steps = [], []
+
+    def timed(*a, real=pretrain.save):
+        started = time.time()
+        real(*a)
+        saves.append(time.time() - started)
+    monkeypatch.setattr(pretrain, "save", timed)
+    monkeypatch.setattr(pretrain, "evaluate_all", lambda *a: ({}, None))
+    monkeypatch.setattr(pretrain, "accumulate_gradients", lambda *a, real=pretrain.accumulate_gradients: (
+        steps.append(time.time()), real(*a))[1])
+    run(pretrain.main, *flags(cache, preset="nano", out="run", steps=8, batch=8, save_every=4))
+    step = np.median(np.diff(steps)[[0, 1, 2, 4, 5, 6]])            # but for the one with the save
+    with capsys.disabled():
+        print(f"\ncost of saving: {max(saves):.2f} s every 250 steps of {step:.2f} s, {max(saves) / (250 * step):.2%}")
+    assert max(saves) < 0.05 * 250 * step

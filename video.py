@@ -1,9 +1,11 @@
 """Video files and storyboards: reading, writing, finding, and the strips of frames that every preview is drawn with."""
+import errno
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import sys
 from collections import deque
 from contextlib import ExitStack, contextmanager
@@ -16,11 +18,14 @@ import numpy as np
 import torch
 from av.video.reformatter import Interpolation
 from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError
 
 from model import UserError
 
 # FFmpeg's default conversion from YUV is fast and 1 level of 255 too dark; this one is right within 1.
 EXACT = Interpolation.POINT | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+MOST_PIXELS = 2**26     # of a frame, 8192 x 8192: a header may claim any size, and memory holds a frame several times
+LONGEST_STILL = 3600    # seconds that one frame may stay: a broken time stamp would fill the memory with copies of it
 VIDEO_SUFFIXES = {".mp4", ".mov", ".webm", ".mkv", ".gif", ".avi", ".m4v"}
 
 
@@ -56,6 +61,14 @@ class _Frames:
         self.stream = streams[0]
         self.stream.thread_type = "AUTO"
         self.decoder = self.stream.codec_context
+        if self.decoder.width * self.decoder.height > MOST_PIXELS:
+            self.close()
+            raise UserError(f"{self.path} is {self.decoder.width} x {self.decoder.height} pixels, too many to decode: "
+                            "make it smaller")
+        aspect = self.stream.sample_aspect_ratio
+        if aspect and not 0.1 < aspect < 10:
+            self.close()
+            raise UserError(f"{self.path} has pixels {float(aspect):g} times as wide as high: it is damaged")
         keeps_alpha = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(self.decoder.name)  # FFmpeg's own decoders drop it
         if keeps_alpha and self.stream.metadata.get("alpha_mode") == "1":
             self.decoder = av.CodecContext.create(keeps_alpha, "r")
@@ -218,6 +231,8 @@ def read_video(path, fps, height, width, start=0.0, seconds=None, last=None):
         for time, frame in frames.near(start):
             if frame is None and shown_since == 0:
                 count = 1  # the file is one picture
+            if shown is not None and time - shown_since > LONGEST_STILL:
+                raise UserError(f"{path} shows one frame for {time - shown_since:.0f} s: its time stamps are damaged")
             while shown is not None and k < count and start + k / fps < time - frames.grace:
                 picture = _fit(shown, height, width, aspect) if picture is None else picture
                 kept.append(picture)
@@ -277,24 +292,40 @@ def file_hash(path):
 
 @contextmanager
 def whole_file(path):
-    """Makes the folder and gives a temporary path beside `path`: flushed and renamed at the end, removed on an
-    exception, so that `path` is always the old file or the whole new one."""
+    """Makes the folder and gives a temporary path near `path`: flushed and renamed at the end, removed on an exception,
+    so that `path` is always the old file or the whole new one. Raises OSError where the disk does not take it."""
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    folder = path.with_name(f".{path.name}.{os.getpid()}.part")     # of its own: safetensors has temporary files too
+    temporary = folder / f".{path.name}"
     try:
         if path.is_dir():
             raise IsADirectoryError(0, "it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.touch()
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
         raise UserError(f"{path} cannot be written ({error.strerror}): give one in a folder you may write to") from None
     try:
         yield temporary
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
+        temporary.chmod(folder.stat().st_mode & 0o666)              # as any new file; safetensors makes private ones
         os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # safetensors has a name of its own for a full disk; PyTorch closes its file, which fails once more
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
+        if not isinstance(cause, (OSError, SafetensorError)):
+            raise
+        raise OSError(f"{path} cannot be written ({getattr(cause, 'strerror', None) or cause}); "
+                      "what was there stays as it was") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(folder):
+    """Remove what processes that were killed in whole_file() left in a folder that nobody else writes to now."""
+    for part in Path(folder).glob(".*.[0-9]*.part"):
+        shutil.rmtree(part, ignore_errors=True)
 
 
 class VideoWriter:
