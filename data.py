@@ -549,6 +549,7 @@ def cache_videos(argv):
             bar.update(len(videos))
         else:
             cache_shard(shard, videos, key, config, preset, codec, prompts, bar)
+    bar.close()
     if world_size > 1:
         dist.barrier()
         dist.destroy_process_group()
