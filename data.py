@@ -496,9 +496,10 @@ def cache_shard(shard, videos, key, config, preset, codec, prompts, bar):
         try:
             if isinstance(storyboard, UserError):
                 raise storyboard
+            windows = cache_video(path, storyboard, preset, codec, prompts)
             if not storyboard:
                 warn(f"no caption for {path}: trained without a prompt")
-            for latents, firsts, texts in cache_video(path, storyboard, preset, codec, prompts):
+            for latents, firsts, texts in windows:
                 i = len(clips)
                 tensors.update({f"{i}.latents": latents, **{f"{i}.text.{k}": t for k, t in enumerate(texts)}})
                 starts.append(firsts)
@@ -565,7 +566,7 @@ def finish_cache(config, out, shards, settings, videos):
         part.write_text(json.dumps(dict(settings=settings, bytes=[index["bytes"] for index in indices])))
     remove_leftovers(out)
     clips = sum(len(index["clips"]) for index in indices)
-    print(f"wrote {clips} clips of {videos} videos in {shards} shards to {out}")
+    print(f"{out} holds {clips} clips of {videos} videos in {shards} shards")
 
 
 def open_dataset(config, codec):
@@ -655,15 +656,18 @@ def write_story(argv):
     lines = [f"{k * preset.section / preset.fps:g}s: {world.caption(story, k)}\n" for k in range(STORY_SECTIONS)]
     storyboard = Path(config.out).with_suffix(".txt")
     storyboard.write_text("".join(lines))
-    print(f"wrote {config.out} and {storyboard}")
+    print(f"wrote {config.out} and {storyboard}; continue it: python sample.py --history {config.out}")
 
 
 def main():
     commands = {"story": write_story, "cache": cache_videos}
-    if sys.argv[1:2] == [] or sys.argv[1] not in commands:
-        raise UserError("python data.py needs a command: story (writes a held-out story to try) or "
-                        "cache (encodes a folder of videos); --help after it lists its flags")
-    commands[sys.argv[1]](sys.argv[2:])
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print("\n".join(f"python data.py {k}: {f.__doc__}" for k, f in commands.items()))
+        return
+    if name not in commands:
+        raise UserError(f"data.py {name}: choose one of {', '.join(commands)}")
+    commands[name](sys.argv[2:])
 
 
 if __name__ == "__main__":

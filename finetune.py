@@ -80,6 +80,8 @@ def encoder_file(config):
     if config.method in (*FRAME_METHODS, "none") or config.encoder == "none":
         return None
     path = Path(config.encoder)
+    if not path.exists():
+        raise UserError(f"--encoder {config.encoder} is not there: run pretrain.py first, or give none for a fresh φ")
     path = path / "model.safetensors" if path.is_dir() else path
     theirs = read_metadata(path)
     for key in ("preset", "method", "rate"):

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import make_codec, make_prompts, open_dataset, parse_flags, psnr, run_main, to_frames
-from encoder import FRAME_METHODS, MemoryDiT
+from encoder import FRAME_METHODS, METHODS, MemoryDiT, parse_rate
 from model import (Preset, UserError, add_lora, add_noise, autocast, euler, get_preset, load_base, pick_device,
                    product_dtype, sample_t)
 from video import contact_strip, remove_leftovers, whole_file
@@ -507,9 +507,12 @@ def check(config):
     for key in ("lora", "optimizer", "lr"):
         if getattr(config, key) is None:
             setattr(config, key, getattr(preset, key))
+    parse_rate(config.rate)
     for key in ("steps", "batch", "micro_batch", "save_every", "held_out", "sample_steps", "clips", "window"):
         if getattr(config, key) < 1:
             raise UserError(f"--{key} {getattr(config, key)}: must be at least 1")
+    if config.method not in METHODS:
+        raise UserError(f"--method {config.method}: choose one of {', '.join(METHODS)}")
     if config.optimizer not in ("muon", "adamw"):
         raise UserError(f"--optimizer {config.optimizer}: choose muon or adamw")
     return preset

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import make_codec, make_prompts, nearest_size, parse_flags, run_main, to_frames, to_pixels
+from data import make_codec, make_prompts, nearest_size, parse_flags, run_main, to_frames, to_pixels, warn
 from encoder import Memory, MemoryDiT, load_model
 from model import (PRESETS, UserError, autocast, euler, frozen_dtype, get_preset, merge_lora, pick_device,
                    read_metadata)
@@ -33,7 +33,7 @@ class SampleConfig:
     guidance: float = 1.5         # classifier-free guidance: 1 is none
     shift: float = 3.0            # timestep shift: above 1, more steps at high noise
     seed: int = 0                 # of the noise
-    save_file: str = ""           # the video to write; without it, out/NAME.mp4
+    save_file: str = ""           # the video to write [out/NAME.mp4, or out/NAME_continued.mp4 if that is the history]
     memory_seconds: float = 20.0  # how much history is kept in memory; 0: all
     device: str = "auto"          # auto, cpu, cuda, mps
     init: str = ""                # Wan: the base DiT under the checkpoint's LoRA; "random": random weights of --preset
@@ -146,6 +146,8 @@ def main():
     history, kept = read_history(config, preset, codec, most)
     sections = math.ceil(config.seconds / section_seconds - 1e-6)
     save_file = Path(config.save_file or f"out/{Path(config.history).stem}.mp4")
+    if not config.save_file and save_file.resolve() == Path(config.history).resolve():
+        save_file = save_file.with_stem(save_file.stem + "_continued")
     if save_file.resolve() == Path(config.history).resolve():
         raise UserError(f"--save_file {save_file} is the history itself: give another name")
     texts = embed(make_prompts(preset, config.t5), storyboard_of(config, len(history) / preset.fps), sections, preset,
@@ -161,6 +163,8 @@ def main():
     with autocast(device):
         memory.append(latents)
         context = memory.context()
+    if context is None:
+        warn(f"{config.checkpoint} is a model without memory: what it writes does not know the history")
     tokens = 0 if context is None else context[0].shape[1]
     print(f"history: {len(history) / preset.fps:g} s, {len(history)} frames; memory: {tokens} tokens for "
           f"{len(kept) / preset.fps:g} s (uncompressed: {memory.uncompressed})")

@@ -1541,7 +1541,7 @@ def test_cache_goes_on_and_is_never_stale(tmp_path, capsys, monkeypatch):
     (folder / "0.mp4").write_text("not a video")
     shards = cached(folder)
     said = capsys.readouterr()
-    assert "wrote 7 clips of 6 videos in 2 shards" in said.out and said.err.count("skipped: ") == 1
+    assert "7 clips of 6 videos in 2 shards" in said.out and said.err.count("skipped: ") == 1
     train, held_out = data.cached_clips(shards, TINY, codec, 16)
     clips = [*train.clips, *held_out.clips]
     assert sorted(clip.frames for clip in clips) == [12, 13, 14, 16, 17, 44, 44]
@@ -2752,8 +2752,8 @@ def test_shipped_model_remembers_and_obeys(tmp_path):
         if name == "right":                                         # the place asked for, not another of the story
             written = scores.score(frames[None, :, None], [clip.story for clip in clips], 10)
             assert written["obeys"].mean() >= 75, written["obeys"]
-    # the forty-minute model that ships is 1.3 dB apart on 64 stories; 3 dB is what a longer run has to reach
-    assert found["right"] > max(found["wrong"], found["none"]) + 0.7, found
+    # the model that ships is 2.5 dB apart on 64 stories; 3 dB is what a longer run has to reach
+    assert found["right"] > max(found["wrong"], found["none"]) + 1.5, found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
