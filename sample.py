@@ -192,7 +192,7 @@ def draw_strip(path, history, length, made, seconds):
     frames `made`, which are `seconds` apart."""
     rows = [("history,\na frame a section", history[len(history) % length // 2::length][-12:])]
     for first in range(0, len(made), 12):
-        rows.append((f"new, from {first * seconds:g} s", made[first:first + 12]))
+        rows.append((f"new, from {first * seconds:g} s\nafter its end", made[first:first + 12]))
     contact_strip(rows, path)
 
 
