@@ -617,6 +617,18 @@ def parse_flags(cls, description, argv=None, aliases={}):
     return cls(**vars(known))
 
 
+def run_command(script, commands, description):
+    """Run the one of {name: function of argv} that the command line names; --help lists them."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(description)
+        print("\n".join(f"{script} {k}: {f.__doc__}" for k, f in commands.items()))
+        return
+    if name not in commands:
+        raise UserError(f"{script} {name}: choose one of {', '.join(commands)}")
+    commands[name](sys.argv[2:])
+
+
 def run_main(main):
     """Run a script's main: 0 done, 2 the user's mistake, 1 ours or the machine's, 130 and 143 stopped by a signal."""
     try:
@@ -661,13 +673,7 @@ def write_story(argv):
 
 def main():
     commands = {"story": write_story, "cache": cache_videos}
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("-h", "--help"):
-        print("\n".join(f"python data.py {k}: {f.__doc__}" for k, f in commands.items()))
-        return
-    if name not in commands:
-        raise UserError(f"data.py {name}: choose one of {', '.join(commands)}")
-    commands[name](sys.argv[2:])
+    run_command("data.py", commands, "Data: clips to try, and the cache of latents.\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ Every figure is printed with what produced it: checkpoint, step, seed, clips, sa
 """
 import math
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +28,8 @@ from tqdm import tqdm
 import budget
 import consistency
 import judge
-from data import (Clip, Clips, make_codec, nearest_size, psnr, run_main, to_frames, to_pixels, video_clips,
-                  world_clips)
+from data import (Clip, Clips, make_codec, nearest_size, psnr, run_command, run_main, to_frames, to_pixels,
+                  video_clips, world_clips)
 from finetune import FinetuneConfig, ask
 from model import UserError, autocast, euler, get_preset, pick_device
 from pretrain import PretrainConfig, collate, downsample, draw_retrieval, generator, preview
@@ -410,14 +409,7 @@ COMMANDS = {"retrieval": retrieval, "continuation": continuation, "table1": tabl
 
 
 def main():
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("-h", "--help"):
-        print(__doc__)
-        print("\n".join(f"eval.py {k}: {f.__doc__}" for k, f in COMMANDS.items()))
-        return
-    if name not in COMMANDS:
-        raise UserError(f"eval.py {name}: choose one of {', '.join(COMMANDS)}")
-    COMMANDS[name](sys.argv[2:])
+    run_command("eval.py", COMMANDS, __doc__)
 
 
 if __name__ == "__main__":

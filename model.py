@@ -485,7 +485,7 @@ def open_safetensors(path):
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
-        raise UserError(f"no file {path}: expected safetensors weights; train them first, or name another file") from None
+        raise UserError(f"no file {path}: expected safetensors weights; train them first, or name another") from None
     except (SafetensorError, OSError, ValueError) as e:
         raise UserError(f"{path} is not a readable safetensors file ({e}): download or train it again") from None
 

@@ -318,8 +318,8 @@ LOSS_TIMES = (0.25, 0.5, 0.75, 0.95, 0.99)
 def evaluate(config, tools, draw, model, clips, rows, device):
     """Sums of the figures over some rows of held-out clips of one size, the same at every call: the loss at fixed t;
     PSNR (dB, against the original pixels, or if they are not at hand against what the codec makes of them; without a
-    decoder the squared error of latents) of one step from pure noise (the conditional mean), of the full sampler, and of
-    the sampler with the memory of the next clip, which must be clearly worse if the memory is read at all.
+    decoder the squared error of latents) of one step from pure noise (the conditional mean), of the full sampler, and
+    of the sampler with the memory of the next clip, which must be clearly worse if the memory is read at all.
     And (truth, result) frames, or None."""
     batch = draw(config, tools, clips, rows, 0).to(device)
     other = draw(config, tools, clips, [(row + 1) % len(clips) for row in rows], 0).to(device)

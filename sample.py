@@ -52,7 +52,7 @@ def storyboard_of(config, clip_seconds):
 
 
 def embed(prompts, storyboard, sections, preset, codec):
-    """The prompt of each section, (L, text_dim). All at once, so that a large text encoder can go before the DiT comes."""
+    """The prompt of each section, (L, text_dim). All at once: a large text encoder can go before the DiT comes."""
     times = [k * preset.section * codec.stride[0] / preset.fps for k in range(sections)]
     texts = {prompt: prompts(prompt) for prompt in {prompt_at(storyboard, t + 1e-6) for t in times}}
     return [texts[prompt_at(storyboard, t + 1e-6)] for t in times]

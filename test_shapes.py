@@ -68,7 +68,8 @@ FIXTURES = HERE.parent / "shared" / "fixtures"
 TINY = Preset(DiTConfig(dim=48, ffn_dim=64, heads=2, layers=1, text_dim=16, text_len=24), "dct", ((32, 32),), fps=2,
               section=4, history=40, widths=(8, 8, 16, 16))
 PRESETS["tiny"] = TINY
-PRESETS["tiny-wan"] = dataclasses.replace(TINY, codec="wan", history=9, lora=4, optimizer="adamw", lr=1e-3, recompute=True)
+PRESETS["tiny-wan"] = dataclasses.replace(TINY, codec="wan", history=9, lora=4, optimizer="adamw", lr=1e-3,
+                                          recompute=True)
 
 
 @pytest.fixture(autouse=True)
@@ -1328,8 +1329,8 @@ def torchrun(module, *argv):
     Path("tiny.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nfrom model import *\n"
                                f"PRESETS.update({presets!r})\nimport {module}\n"
                                f"{module}.run_main({module}.main)\n")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tiny.py",
-                           *map(str, argv)], capture_output=True, text=True, timeout=200,
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           "tiny.py", *map(str, argv)], capture_output=True, text=True, timeout=200,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -1519,8 +1520,8 @@ before = memory("VmRSS")
 model.load_base(dit, "big.safetensors", torch.device("cpu"), frozen=True)
 print((memory("VmHWM") - before) / sum(p.numel() * p.element_size() for p in dit.parameters()))
 """
-    call = lambda *more: subprocess.run([sys.executable, "-c", script, str(HERE), *more], capture_output=True, text=True,
-                                        env={**os.environ, "OMP_NUM_THREADS": "1"})
+    call = lambda *more: subprocess.run([sys.executable, "-c", script, str(HERE), *more], capture_output=True,
+                                        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert call("write").returncode == 0
     done = call()
     assert done.returncode == 0, done.stderr
@@ -1879,7 +1880,8 @@ def test_table1_compares_neighbours_and_the_papers_order():
     rows = [table_row("full", "", clip + 3),
             table_row("large-patchifier", "4x4x2", clip + 1.5 + 0.1 * randn(64, seed=1)),
             table_row("proposed", "4x4x2", clip + 1), table_row("only-lr", "4x4x2", clip + 1 + randn(64, seed=2))]
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in evaluation.differences(rows) if "above" in line]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]]
+             for line in evaluation.differences(rows) if "above" in line]
     found = {line[0]: line[3:] for line in lines if line[0] != "A above B"}
     assert len(lines) - 2 == 3 + 3
     assert found["full above large-patchifier 4x4x2"] == ["yes", "–"]
@@ -2000,7 +2002,7 @@ OTHER_WORLDS = 12
 
 @pytest.fixture(scope="module")
 def known_scores():
-    """{pictures: {score: mean over what counts}} of pictures of which the score is known; 4 stories, 3 sections each."""
+    """{pictures: {score: mean over what counts}} of pictures with known scores; 4 stories, 3 sections each."""
     stories, codec = [W.make_story(W.world_seed("held-out", i), 13) for i in range(4)], DCTCodec()
     truth = true_sections(stories)
     others = [true_sections([other_world(s, 100 * i + k) for i, s in enumerate(stories)]) for k in range(OTHER_WORLDS)]

@@ -1,7 +1,8 @@
 """What Wan 2.1 brings besides its DiT: the causal video VAE and the umT5 text encoder, both from local folders in the
 diffusers layout, and the names under which others read a LoRA. diffusers and transformers are imported only here.
 
-Pixels are (B, 3, F, H, W) floats in [-1, 1], F = 1 + 4k; latents (B, 16, 1 + k, H/8, W/8), the first of one frame alone.
+Pixels are (B, 3, F, H, W) floats in [-1, 1], F = 1 + 4k; latents (B, 16, 1 + k, H/8, W/8), the first of one
+frame alone.
 """
 import hashlib
 import html
@@ -95,8 +96,8 @@ class WanCodec:
         return (latents - mean) / std
 
     def decoder(self):
-        """A function that decodes a video piece by piece, (B, 16, f, h, w) -> (B, 3, F, 8h, 8w), clamped: the very first
-        latent becomes one frame and every other four. Pieces joined equal the whole decoded at once."""
+        """A function that decodes a video piece by piece, (B, 16, f, h, w) -> (B, 3, F, 8h, 8w), clamped: the very
+        first latent becomes one frame and every other four. Pieces joined equal the whole decoded at once."""
         self.need_vae()
         cache, started = [None] * self.vae._cached_conv_counts["decoder"], False
 

@@ -139,8 +139,8 @@ def make_shot(rng, scene, character, thing, framing, new=False):
 
 def make_story(seed, sections=11):
     """seed -> Story. Three of the sections 0..3 introduce all there is, each in a new scene and in wide framing; the
-    fourth of them, and every later one, shows only what was shown before (it is `askable`). Half of the stories have one
-    character, half one thing: to recall the only one comes before telling two apart."""
+    fourth of them, and every later one, shows only what was shown before (it is `askable`). Half of the stories have
+    one character, half one thing: to recall the only one comes before telling two apart."""
     rng = np.random.default_rng(seed)
     scenes = tuple(make_scene(rng, KINDS[i]) for i in rng.permutation(len(KINDS))[:3])
     cast = rng.integers(1, 3, size=2).tolist()
