@@ -165,6 +165,7 @@ def gib(values):
 
 
 def print_tokens(preset):
+    """The table of history tokens: a line for each rate and each uncompressed baseline, two columns a size."""
     latents, a_second = preset.history, preset.fps / STRIDES[preset.codec][0]
     frame = lambda *rate: [frame_tokens(preset, size, *rate) for size in preset.sizes]
     pairs = lambda seconds, totals: [x for pair in zip(seconds, totals) for x in pair]

@@ -545,6 +545,7 @@ def setup(config):
 
 
 def main():
+    """Check the flags, build model and data, train."""
     config = parse_flags(PretrainConfig, __doc__)
     if config.mask not in ("none", "noise"):
         raise UserError(f"--mask {config.mask}: choose none or noise")

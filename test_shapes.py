@@ -2043,7 +2043,7 @@ def test_scores_lie_between_for_what_is_half_right(known_scores):
 
 
 def test_candidates_share_the_caption_and_lie_apart():
-    """All 16 have the words of the truth, and the truth is drawn as in the story; the hard ones have its palette too."""
+    """All 16 have the words of the truth, which is drawn as in the story; the hard ones have its palette too."""
     story = W.make_story(W.world_seed("held-out", 3), 13)
     shot = next(s for s in story.shots if s.character is not None and s.thing is not None)
     k, parts = story.shots.index(shot), dict(character=["cloth", "face"], thing=["object"], scene=["scene"])
@@ -2159,7 +2159,8 @@ def test_table2(stage2, cache, capsys):
     header = Path("assets/table2.csv").read_text().splitlines()[0]
     assert header.startswith("method,rate,cloth,identity,object,scene,psnr,")
     assert {(r["method"], r["rate"]) for r in rows} == {
-        ("proposed", "4x4x2"), ("without-pretrain", "4x4x2"), ("frozen", "4x4x2"), ("sliding-window", "3"), ("none", "")}
+        ("proposed", "4x4x2"), ("without-pretrain", "4x4x2"), ("frozen", "4x4x2"), ("sliding-window", "3"),
+        ("none", "")}
     means = [float(r["consistency"]) for r in rows]
     assert means == sorted(means, reverse=True)
     assert means[0] == pytest.approx(np.mean([float(rows[0][name]) for name in scores.MAIN]), abs=1e-3)
