@@ -46,8 +46,10 @@ def continue_stories(model, tools, clips, first, sections, config):
             shape = (1, *hr.shape[1:2], preset.section, *hr.shape[3:])
             noise = torch.cat([torch.randn(shape, generator=generator(config.seed, row, k)) for row in rows]).to(device)
             text = torch.cat([clips[row].text(k * preset.section, tools.prompts) for row in rows]).to(device)
+            # as much as training showed it, and as sample.py keeps; but keyframes are the first and the newest of all
+            kept = hr if model.method == "keyframes" else hr[:, :, -preset.history:]
             with autocast(device):
-                memory = model.encode(hr, downsample(tools, hr))
+                memory = model.encode(kept, downsample(tools, kept), hr.shape[2] - kept.shape[2])
                 x = euler(model.dit, noise, text, frames, memory, config.steps, config.shift, config.guidance).float()
             hr = torch.cat([hr, x], dim=2)
         x = to_frames(codec.decode(hr[:, :, first * preset.section:])).cpu()

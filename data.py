@@ -396,14 +396,23 @@ class CachedClip(Clip):
         return F.pad(rows, (0, 0, 0, prompts.length - len(rows)))[None]
 
 
+def read_index(path, *keys):
+    """The JSON with these keys that `data.py cache` wrote."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {**content, **{key: content[key] for key in keys}}
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path} is damaged: delete it, then run data.py cache again") from None
+
+
 def cached_clips(folder, preset, codec, held_out):
     """(clips to train on, at most `held_out` held-out clips) of a folder that `data.py cache` wrote."""
     folder = Path(folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest = read_index(folder / "manifest.json", "settings", "bytes")
     ours, theirs = window_settings(preset, codec), manifest["settings"]
     for key, value in ours.items():
-        if value != theirs[key] and not (key == "codec" and value == ["wan", None] and theirs[key][0] == "wan"):
-            raise UserError(f"--data {folder} was cached with {key} {theirs[key]}, not {value}: "
+        if value != theirs.get(key) and not (key == "codec" and value == ["wan", None] and theirs[key][0] == "wan"):
+            raise UserError(f"--data {folder} was cached with {key} {theirs.get(key)}, not {value}: "
                             "give the preset that it was made for, or run data.py cache again")
     videos = {}
     for k, size in enumerate(manifest["bytes"]):
@@ -411,7 +420,7 @@ def cached_clips(folder, preset, codec, held_out):
         if not shard.is_file() or shard.stat().st_size != size:
             raise UserError(f"{shard} is missing or cut short: run data.py cache again, "
                             "it makes only what is not there")
-        for i, (video, frames, *shape) in enumerate(json.loads(shard.with_suffix(".json").read_text())["clips"]):
+        for i, (video, frames, *shape) in enumerate(read_index(shard.with_suffix(".json"), "clips")["clips"]):
             videos.setdefault(video, []).append(CachedClip(shard, i, frames, tuple(shape)))
     if not videos:
         raise UserError(f"--data {folder} holds no clip: give data.py cache longer videos")
@@ -546,7 +555,7 @@ def cache_videos(argv):
         content = [(str(p.relative_to(config.videos)), file_hash(p), str(s)) for p, s in videos.items()]
         key = hashlib.sha256(repr((settings, content)).encode()).hexdigest()
         index = shard.with_suffix(".json")
-        if index.is_file() and shard.is_file() and json.loads(index.read_text())["key"] == key:
+        if index.is_file() and shard.is_file() and read_index(index, "key")["key"] == key:
             bar.update(len(videos))
         else:
             cache_shard(shard, videos, key, config, preset, codec, prompts, bar)
@@ -560,7 +569,7 @@ def cache_videos(argv):
 
 def finish_cache(config, out, shards, settings, videos):
     """Write the manifest that training asks for, unless too many videos were skipped."""
-    indices = [json.loads((out / f"shard-{k:05}.json").read_text()) for k in range(shards)]
+    indices = [read_index(out / f"shard-{k:05}.json", "clips", "skipped", "bytes") for k in range(shards)]
     report_skipped([message for index in indices for message in index["skipped"]], videos, config.videos)
     with whole_file(out / "manifest.json") as part:
         part.write_text(json.dumps(dict(settings=settings, bytes=[index["bytes"] for index in indices])))

@@ -30,7 +30,7 @@ import consistency
 import judge
 from data import (Clip, Clips, make_codec, nearest_size, psnr, run_command, run_main, to_frames, to_pixels,
                   video_clips, world_clips)
-from finetune import FinetuneConfig, ask
+from finetune import ask
 from model import UserError, autocast, euler, get_preset, pick_device
 from pretrain import PretrainConfig, collate, downsample, draw_retrieval, generator, preview
 from tables import (EvalConfig, Row, compare, describe_runs, draw_curves, expected_pairs, first_seeds,
@@ -213,9 +213,13 @@ def report(made, trained, config, what, lpips):
           f"{config.steps} Euler steps, shift {config.shift:g}")
     print(f"{'':14}{'PSNR dB':>18}{'SSIM':>16}{'LPIPS':>16}     mean over clips with its 95 % interval")
     for name, frames in made.items():
-        p, s, *rest = (interval(values.mean(1)) for values in measure(frames, truth, lpips).values())
-        last = f"{rest[0][0]:8.3f} ± {rest[0][1]:5.3f}" if rest else f"{'n/a':>16}"
-        print(f"{name:14}{p[0]:10.2f} ± {p[1]:5.2f}{s[0]:8.3f} ± {s[1]:5.3f}{last}")
+        cells = {"psnr": f"{'':18}", "ssim": f"{'':16}", "lpips": f"{'n/a':>16}"}
+        for metric, values in measure(frames, truth, lpips).items():
+            mean, half = interval(values.mean(1))
+            digits, width = (2, 18) if metric == "psnr" else (3, 16)
+            cells[metric] = f"{mean:.{digits}f}" + (f" ± {half:5.{digits}f}" if len(values) > 1 else "")
+            cells[metric] = f"{cells[metric]:>{width}}"
+        print(f"{name:14}" + "".join(cells.values()))
     preview(Path(config.out), truth, made["model"])
     print(f"wrote {config.out}")
 
@@ -239,8 +243,7 @@ def continuation(argv):
     model, tools, trained = open_checkpoint(config.checkpoint, config, "finetune")
     clips = world_clips("held-out", config.clips, tools.preset, tools.codec, config.cache, keep_pixels=True)
     begin = tools.preset.history
-    settings = FinetuneConfig(seed=config.seed)
-    draw = lambda rows: collate([ask(settings, tools, clips[row], 0, begin, clips[row].text(begin, tools.prompts),
+    draw = lambda rows: collate([ask(tools, clips[row], 0, begin, clips[row].text(begin, tools.prompts), torch.ones(1),
                                      generator(config.seed, row)) for row in rows])
     report(reconstruct(model, tools, draw, len(clips), config), trained, config, "with prompts", lpips)
 

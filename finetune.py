@@ -14,8 +14,8 @@ import torch
 
 from data import parse_flags, run_main
 from encoder import FRAME_METHODS
-from model import UserError, load_weights, read_metadata, sample_t
-from pretrain import Batch, Config, collate, downsample, generator, setup, train
+from model import UserError, load_weights, read_metadata
+from pretrain import Batch, Config, collate, downsample, generator, noise_level, setup, train
 
 
 @dataclass
@@ -59,18 +59,19 @@ def draw_continuation(config, tools, clips, rows, step):
         choices = begins(clip, length)
         begin = choices[int(torch.randint(len(choices), (), generator=g))]
         text = clip.text(begin, tools.prompts) if torch.rand((), generator=g) >= config.text_drop else None
-        parts.append(ask(config, tools, clip, begin - length * section - waiting - lone, begin, text, g))
+        parts.append(ask(tools, clip, begin - length * section - waiting - lone, begin, text,
+                         noise_level(config, step, row), g))
     return collate(parts)
 
 
-def ask(config, tools, clip, first, begin, text, g):
+def ask(tools, clip, first, begin, text, t, g):
     """A batch of one: the section that begins at latent frame `begin`, after the history from `first` on.
-    text: (1, L, text_dim), or None for no prompt."""
+    text: (1, L, text_dim), or None for no prompt; t: (1,) noise level."""
     section = tools.preset.section
     hr, target = clip.cut(first, begin), clip.cut(begin, begin + section)       # (1, C, F, H, W)
     frames = torch.arange(begin - first, begin - first + section)[None].float()
     return Batch(hr, downsample(tools, hr), target, frames, torch.randn(target.shape, generator=g),
-                 sample_t(1, config.t_mean, config.t_std, g), tools.prompts("")[None] if text is None else text,
+                 t, tools.prompts("")[None] if text is None else text,
                  clip.truth(torch.arange(begin, begin + section)))
 
 

@@ -372,9 +372,10 @@ def merge_lora(dit):
 # ---------------------------------------------------------------------------------------------------------------------
 # Rectified flow
 
-def sample_t(n, mean, std=1.0, generator=None):
-    """n noise levels in (0, 1), logit-normal: sigmoid of N(mean, std). A timestep shift s adds log(s) to the mean."""
-    return torch.sigmoid(mean + std * torch.randn(n, generator=generator))
+def sample_t(quantile, mean, std=1.0):
+    """Noise levels in (0, 1), logit-normal: sigmoid of N(mean, std), at quantiles in (0, 1). A timestep shift s adds
+    log(s) to the mean."""
+    return torch.sigmoid(mean + std * torch.special.ndtri(quantile))
 
 
 def add_noise(x0, noise, t):
@@ -497,7 +498,12 @@ def read_metadata(path):
     if text is None:
         raise UserError(f"{path} was not written by pretrain.py or finetune.py (no config in it): "
                         "give a model.safetensors of theirs")
-    return json.loads(text)
+    try:
+        config = json.loads(text)
+        return {**config, "stage": config["stage"]}
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path}: the config in its header is damaged: write it again with pretrain.py or "
+                        "finetune.py") from None
 
 
 def load_weights(module, files, rename=lambda name: name, names=None, device="cpu",

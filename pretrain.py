@@ -108,22 +108,23 @@ class Tools:
     encoder: object             # φ, or None for --method none
 
 
-def whole(tools, n_frames):
-    """How many of n_frames latents are whole segments, after the lone first one of a causal codec."""
-    lone, section = int(tools.codec.causal), tools.preset.section
-    return lone + (n_frames - lone) // section * section
-
-
 def downsample(tools, hr):
     """The low-resolution history of whole segments of hr (B, C, F, H, W)."""
     n = tools.encoder.whole(hr.shape[2]) if tools.encoder else 0
     return tools.codec.downsample(hr[:, :, :n], tools.encoder.rate) if n else hr[:, :, :0]
 
 
+def noise_level(config, step, row):
+    """The t (1,) of a row of the global batch. One random offset a step for evenly spaced quantiles, so that every step
+    meets low and high levels alike (the low-discrepancy sampler of Kingma et al. 2021)."""
+    offset = torch.rand(1, generator=generator(config.seed, step, "t"))
+    return sample_t((row / config.batch + offset) % 1, config.t_mean, config.t_std)
+
+
 def draw_retrieval(config, tools, clips, rows, step):
     """Stage 1: choose Ω in a history of each clip; the target is H_Ω.
     clips: the global batch; rows: those to return."""
-    history = min(tools.preset.history, *(whole(tools, clip.frames) for clip in clips))
+    history = min(tools.preset.history, *(tools.encoder.whole(clip.frames) for clip in clips))
     parts = []
     for row in rows:
         clip, g = clips[row], generator(config.seed, step, row)
@@ -138,14 +139,14 @@ def draw_retrieval(config, tools, clips, rows, step):
         shown = torch.rand((), generator=g) >= config.text_drop
         text = clip.text(first + int(asked), tools.prompts) if shown else tools.prompts("")[None]
         parts.append(Batch(hr, lr, target, omega[None].float(), torch.randn(target.shape, generator=g),
-                           sample_t(1, config.t_mean, config.t_std, g), text, clip.truth(first + omega)))
+                           noise_level(config, step, row), text, clip.truth(first + omega)))
     return collate(parts)
 
 
 def mask_history(hr, lr, omega, t, g):
     """mask(H, Ω): frames in Ω stay clean, all others get noise of one level, sigmoid(N(0.2, 1)); lr gets its own noise,
     and is clean where any of its t frames is in Ω (paper, section 3.1)."""
-    level = sample_t(1, 0.2, generator=g)
+    level = sample_t(torch.rand(1, generator=g), 0.2)
     clean = torch.zeros(hr.shape[2], dtype=torch.bool)
     clean[omega] = True
     padded = torch.cat([clean[:1].expand(-len(clean) % t), clean])              # as pad_replicate does
@@ -171,7 +172,8 @@ def orthogonalize(g, steps=5):
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         a = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)                  # -4.7750 a + 2.0315 a a
+        x = torch.baddbmm(x, b, x, beta=3.4445)                                 # 3.4445 x + b x
     return (x.mT if tall else x).to(g.dtype)
 
 
@@ -204,14 +206,21 @@ class Muon(torch.optim.Optimizer):
 
 
 def make_optimizers(model, config):
-    """Muon for all matrices and convolutions; AdamW for norms, biases and modulation, at a tenth of the rate, or for
-    everything."""
-    params, lr = [p for p in model.parameters() if p.requires_grad], config.lr
+    """Muon for matrices and convolutions; AdamW for norms, biases and modulation, at a tenth of the rate, and for what
+    embeds the timestep, at a hundredth; or AdamW for everything.
+
+    The timestep's sinusoids reach periods of six levels in a thousand, finer than a short training samples them. Muon
+    makes every direction as large as the useful ones: a few noise levels then met a modulation nine times too large.
+    """
+    params, lr = {name: p for name, p in model.named_parameters() if p.requires_grad}, config.lr
+    adamw = lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
     if config.optimizer == "adamw":
-        return [torch.optim.AdamW([dict(params=params, peak=lr)], betas=(0.9, 0.99), weight_decay=0.0)]
-    matrices = dict(params=[p for p in params if p.ndim in (2, 5)], peak=lr)
-    others = dict(params=[p for p in params if p.ndim not in (2, 5)], peak=0.1 * lr)
-    return [Muon([matrices], lr), torch.optim.AdamW([others], betas=(0.9, 0.99), weight_decay=0.0)]
+        return [adamw([dict(params=list(params.values()), peak=lr)])]
+    timestep = [p for name, p in params.items() if name.startswith("dit.time_")]
+    rest = [p for name, p in params.items() if not name.startswith("dit.time_")]
+    matrices = dict(params=[p for p in rest if p.ndim in (2, 5)], peak=lr)
+    others = dict(params=[p for p in rest if p.ndim not in (2, 5)], peak=0.1 * lr)
+    return [Muon([matrices], lr), adamw([others, dict(params=timestep, peak=0.01 * lr)])]
 
 
 def learning_rate(step, config):
@@ -377,7 +386,7 @@ def describe(config, model, tools, world):
     count = lambda module: sum(p.numel() for p in module.parameters() if p.requires_grad) / 1e6
     print(f"training {count(model.dit):.1f} M parameters of the DiT" +
           (f", {count(model.encoder):.1f} M of the memory encoder" if model.encoder else ""))
-    print(f"batch {config.batch} = {world} processes x {config.batch / world:g} clips, "
+    print(f"batch {config.batch} = {world} process{'es' * (world > 1)} x {config.batch / world:g} clips, "
           f"at most {config.micro_batch} at once")
     if model.encoder:
         p = tools.preset

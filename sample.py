@@ -8,6 +8,7 @@ Without --prompt, the storyboard beside the clip is used (clip.txt or clip.json;
 Writes the history and what continues it to --save_file, and a strip of pictures beside it.
 """
 import math
+import re
 import sys
 import time
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import world
 from data import make_codec, make_prompts, nearest_size, parse_flags, run_main, to_frames, to_pixels, warn
 from encoder import Memory, MemoryDiT, load_model
 from model import (PRESETS, UserError, autocast, euler, frozen_dtype, get_preset, merge_lora, pick_device,
@@ -48,7 +50,20 @@ def storyboard_of(config, clip_seconds):
     if config.prompt is not None:
         return parse_storyboard(config.prompt)
     beside = storyboard_beside(config.history) or []
+    if len(beside) > 1 and beside[-1][0] < clip_seconds:
+        warn(f"the storyboard beside {config.history} ends before the clip does: its last prompt is used for all that is "
+             "written, or give --prompt")
     return [(start - clip_seconds, prompt) for start, prompt in beside]
+
+
+def check_words(storyboard):
+    """Warn of words that no caption of the paper-doll world has: a model trained there alone has never seen them."""
+    known = {*world.KINDS, *world.FRAMINGS, *world.BUILDS, *world.SHAPES, *world.SLOTS,
+             *"person to with nobody there nothing nowhere".split()}
+    words = dict.fromkeys(word for _, prompt in storyboard for word in re.findall(r"\w+", prompt.lower()))
+    if unknown := [word for word in words if word not in known]:
+        warn(f"this model has never seen {', '.join(unknown[:8])}; it knows captions like "
+             '"beach wide tall person left to right with ball nowhere to nowhere"')
 
 
 def embed(prompts, storyboard, sections, preset, codec):
@@ -150,8 +165,10 @@ def main():
         save_file = save_file.with_stem(save_file.stem + "_continued")
     if save_file.resolve() == Path(config.history).resolve():
         raise UserError(f"--save_file {save_file} is the history itself: give another name")
-    texts = embed(make_prompts(preset, config.t5), storyboard_of(config, len(history) / preset.fps), sections, preset,
-                  codec)
+    storyboard = storyboard_of(config, len(history) / preset.fps)
+    if config.init != "random" and read_metadata(config.checkpoint).get("data") == "world":
+        check_words(storyboard)
+    texts = embed(make_prompts(preset, config.t5), storyboard, sections, preset, codec)
 
     latents = codec.encode(to_pixels(kept)[None]).to(device)
     decode = codec.decoder()

@@ -1272,6 +1272,19 @@ def test_every_trained_weight_has_one_optimizer():
     assert sorted(ids(muon) + ids(adam)) == sorted(id(p) for p in dit.parameters() if p.requires_grad)
     names = {id(p): n for n, p in dit.named_parameters()}
     assert all(w in [names[i] for i in ids(muon)] for w in ("dit.blocks.0.ffn.0.weight", "encoder.hr.convs.0.weight"))
+    slow = [names[id(p)] for group in adam.param_groups if group["peak"] == 0.01 * 0.02 for p in group["params"]]
+    assert sorted(slow) == sorted(name for name in names.values() if name.startswith("dit.time_"))
+
+
+def test_noise_levels_are_spread_over_a_batch():
+    config = pretrain.PretrainConfig(batch=8, t_mean=1.3, t_std=2.0)
+    levels = torch.stack([torch.cat([pretrain.noise_level(config, step, row) for row in range(8)])
+                          for step in range(400)])                              # (steps, rows)
+    normal = (torch.logit(levels) - 1.3) / 2
+    eighths = (8 * torch.special.ndtr(normal)).floor().clamp(0, 7)
+    assert (eighths.sort(dim=1).values == torch.arange(8)).float().mean() > 0.99        # one of each eighth
+    assert abs(normal.mean()) < 0.02 and abs(normal.std() - 1) < 0.03 and (normal[0] - normal[1]).abs().min() > 0
+    assert model.sample_t(torch.tensor([0.5]), 0.0).item() == 0.5
 
 
 def test_training_lowers_the_loss(stage1):
@@ -1581,6 +1594,10 @@ def test_cache_refuses_what_does_not_fit(tmp_path):
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(UserError, match="cut short"):
         data.cached_clips(shards, TINY, codec, 16)
+    for damage in '{"settings": ', "[]", "{}":
+        (shards / "manifest.json").write_text(damage)
+        with pytest.raises(UserError, match="manifest.json is damaged"):
+            data.cached_clips(shards, TINY, codec, 16)
     (folder / "list.jsonl").write_text('{"video": "0.mp4"}\n')
     with pytest.raises(UserError, match="list.jsonl, line 1"):
         cached(folder, "--captions", folder / "list.jsonl")
@@ -1709,12 +1726,23 @@ def test_sample_writes_history_then_what_follows(capsys):
     assert not torch.equal(read_video("c.mp4", 2, 32, 32), made)
 
 
-def test_sample_takes_the_storyboard_beside_the_clip():
+def test_sample_takes_the_storyboard_beside_the_clip(capsys):
     config = sample.SampleConfig(history="clip.mp4")
     assert sample.storyboard_of(config, 10) == []
     Path("clip.txt").write_text("0s: a cat\n10s: a dog\n13s: a cow")
     assert sample.storyboard_of(config, 10) == [(-10, "a cat"), (0, "a dog"), (3, "a cow")]
     assert sample.storyboard_of(dataclasses.replace(config, prompt="a bee"), 10) == [(0, "a bee")]
+    assert not capsys.readouterr().err
+    sample.storyboard_of(config, 14)
+    assert "ends before the clip does" in capsys.readouterr().err
+
+
+def test_sample_warns_of_words_that_no_caption_has(capsys):
+    story = W.make_story(3, 13)
+    sample.check_words([(k, W.caption(story, k)) for k in range(13)])
+    assert not capsys.readouterr().err
+    sample.check_words([(0, "beach wide tall dragon")])
+    assert "never seen dragon;" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("case", ["one frame", "4 x 4 pixels", "shorter than a segment", "tall", "no memory"])
@@ -2113,7 +2141,7 @@ def test_stories_are_continued_as_sample_does(cache):
     tools.encoder, clips = dit.encoder, world_clips("held-out", 2, TINY, DCTCodec(), cache)
     config = consistency.Table2Config(steps=2, batch=2, seed=5)
     made = consistency.continue_stories(dit, tools, clips, 10, 2, config)
-    memory = Memory(dit, DCTCodec())
+    memory = Memory(dit, DCTCodec(), most=10)                       # 20 s, as by default
     with model.autocast(torch.device("cpu")):
         memory.append(clips[1].cut(0, 40))
         for k in 10, 11:
@@ -2690,6 +2718,9 @@ def test_stages_refuse_checkpoints_of_another_kind(refused, cache, stage1):
     common = lambda **changes: flags(cache, out="out", **changes)
     assert "shape" in refused(pretrain.main, *common(init="wide.safetensors"))
     assert "pickle.safetensors" in refused(pretrain.main, *common(init="pickle.safetensors"))
+    for damage in "{", "[]", "{}":
+        save_file({"x": torch.zeros(1)}, "damaged.safetensors", {"config": damage})
+        assert "config in its header is damaged" in refused(finetune.main, *common(encoder="damaged.safetensors"))
     assert "--encoder" in refused(finetune.main, *common(encoder=stage1, rate="2x2x2"))
     assert "--encoder" in refused(finetune.main, *common(encoder=stage1, method="only-lr"))
     assert "nowhere" in refused(finetune.main, *common(encoder="nowhere"))
