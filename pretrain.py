@@ -46,7 +46,7 @@ class Config:
     text_drop: float = 0.5        # share of samples without a prompt
     t_mean: float = 1.3           # noise levels that the DiT trains on: sigmoid of N(t_mean, t_std)
     t_std: float = 1.0            # their spread
-    steps: int = 1200             # optimizer steps
+    steps: int = 500              # optimizer steps
     batch: int = 8                # clips a step, over all processes
     micro_batch: int = 8          # clips a forward pass on one process; gradients are accumulated up to the batch
     optimizer: str = None         # muon (for matrices; AdamW for the rest) or adamw [the preset's]
