@@ -47,6 +47,7 @@ import eval as evaluation
 import finetune
 import judge
 import model
+import optim
 import pretrain
 import sample
 import scores
@@ -1257,10 +1258,10 @@ def test_generators_depend_on_every_part_of_the_key():
 def test_muon_makes_updates_orthogonal():
     for rows, columns in (48, 96), (96, 48), (16, 200):             # square ones have singular values too near to zero
         g = randn(3, rows, columns)
-        u, s, v = torch.linalg.svd(pretrain.orthogonalize(g))
+        u, s, v = torch.linalg.svd(optim.orthogonalize(g))
         assert 0.6 < s.min() and s.max() < 1.25
         exact = [a @ b.mT for a, b in zip(*(lambda u, s, v: (u, v.mT))(*torch.linalg.svd(g, full_matrices=False)))]
-        cosine = F.cosine_similarity(torch.stack(exact).flatten(1), pretrain.orthogonalize(g).flatten(1))
+        cosine = F.cosine_similarity(torch.stack(exact).flatten(1), optim.orthogonalize(g).flatten(1))
         assert cosine.min() > 0.95
 
 
@@ -1517,6 +1518,7 @@ import re, sys, torch
 from safetensors.torch import save_file
 sys.path.insert(0, sys.argv[1])
 import model
+import optim
 config = model.DiTConfig(dim=512, ffn_dim=2048, heads=4, layers=20, text_dim=64, text_len=8)
 with torch.device("meta"):
     dit = model.DiT(config)
@@ -3253,6 +3255,7 @@ def test_weights_that_claim_terabytes_take_no_memory(tmp_path):
 import resource, sys
 sys.path.insert(0, sys.argv[1])
 import model
+import optim
 held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (held + 2**28, held + 2**28))
 for i in range(4):
