@@ -5,9 +5,7 @@
 
 Letters as in model.py: N noisy tokens, M memory tokens, D width. A multiply-add is 2 FLOPs, a GiB 2^30 bytes.
 """
-import copy
 import csv
-import importlib.util
 import math
 import platform
 import time
@@ -21,9 +19,10 @@ from tqdm import tqdm
 
 from data import DCTCodec, parse_flags
 from encoder import MemoryDiT, MemoryEncoder, parse_rate
-from model import PRESETS, UserError, autocast, get_preset, pick_device, product_dtype, wan_name
+from model import PRESETS, DiT, UserError, autocast, get_preset, pick_device, product_dtype, wan_name
 from pretrain import PretrainConfig
 from sample import SampleConfig
+from tables import plot
 from video import whole_file
 from wan import WanCodec
 
@@ -293,7 +292,20 @@ def diffusers_dit(dit):
         out_channels=c.out_dim, text_dim=c.text_dim, freq_dim=c.freq_dim, ffn_dim=c.ffn_dim, num_layers=c.layers,
         cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=c.eps, rope_max_seq_len=1024)
     theirs.load_state_dict({name: weights[wan_name(name)] for name in theirs.state_dict()})
+    if dit.recompute:
+        theirs.enable_gradient_checkpointing()
     return theirs.to(dit.head.head.weight)
+
+
+def compiled_twin(dit):
+    """A DiT with the same weights, not a copy of them, whose blocks are compiled."""
+    with torch.device("meta"):
+        twin = DiT(dit.config)
+    twin.load_state_dict(dit.state_dict(), assign=True)
+    twin.recompute = dit.recompute
+    for block in twin.blocks:
+        block.compile()
+    return twin
 
 
 def dit_jobs(nets, x, t, text):
@@ -323,9 +335,7 @@ def measure_dit(config, preset, model, dtype):
     if theirs:
         nets["diffusers"] = theirs
     if device.type == "cuda":
-        nets["compiled"] = copy.deepcopy(model.dit)
-        for block in nets["compiled"].blocks:
-            block.compile()
+        nets["compiled"] = compiled_twin(model.dit)
     jobs = dit_jobs(nets, x, t, text)
     if theirs:
         print(f"largest difference from diffusers' output: {(jobs['DiT']() - jobs['diffusers']()).abs().max():.1e}")
@@ -347,9 +357,11 @@ def measure_dit(config, preset, model, dtype):
     for name in list(nets)[1:]:
         print(f"  DiT's time / {name}: forward {ratio(times['DiT'], times[name]):.2f}, with backward "
               f"{ratio(train, times[f'{name}, with backward']):.2f}")
-    share = 3 * config.batch * flops(c, tokens) / (2 * n**3) * ratio(product, train)
-    print(f"  matrix product {n} x {n}: {short(2 * n**3 / median(product))}/s; the DiT with its backward reaches "
-          f"{100 * share:.0f} % of that")
+    print(f"  matrix product {n} x {n}: {short(2 * n**3 / median(product))}/s")
+    for name in ("DiT", "compiled") if "compiled" in nets else ("DiT",):
+        share = 3 * config.batch * flops(c, tokens) / (2 * n**3) * ratio(product, times[f"{name}, with backward"])
+        print(f"  {name} with its backward reaches {100 * share:.0f} % of that" +
+              ", what is computed again in the backward pass not counted" * preset.recompute)
     print(f"  φ of {preset.history} latents takes {ratio(times['φ of the history'], times['DiT']):.2f} forwards")
     return 2 * n**3 / median(product)
 
@@ -388,7 +400,6 @@ def measure_growth(config, preset, dit, rate):
 
 def write_growth(config, rows, title):
     """Table, CSV and plot of measure_growth()'s rows."""
-    from matplotlib.figure import Figure
     head = ("history_seconds", "tokens", "section_seconds", "tokens_uncompressed", "section_seconds_uncompressed")
     table(f"seconds a section: {title}", [
         ["history, s", "tokens", "s", "uncompressed", "s", "times slower"],
@@ -397,15 +408,11 @@ def write_growth(config, rows, title):
     out = Path(config.out)
     with whole_file(out.with_suffix(".csv")) as path, path.open("w", newline="") as f:
         csv.writer(f).writerows([head, *rows])
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for column, label in (4, "uncompressed"), (2, f"compressed, {config.rate}"):
-        some = [row for row in rows if row[column]]
-        axes.plot([row[0] for row in some], [row[column] for row in some], "o-", label=label)
-    axes.set(xlabel="seconds of history", ylabel="seconds a section", yscale="log", title=title)
-    axes.legend()
-    with whole_file(out) as path:
-        figure.savefig(path, dpi=150)
+    with plot(out, "seconds of history", "seconds a section") as (axes,):
+        for column, label in (4, "uncompressed"), (2, f"compressed, {config.rate}"):
+            some = [row for row in rows if row[column]]
+            axes.plot([row[0] for row in some], [row[column] for row in some], "o-", label=label)
+        axes.set(yscale="log", title=title)
     print(f"wrote {out} and {out.with_suffix('.csv')}")
 
 
@@ -419,8 +426,6 @@ def speed(argv):
         raise UserError(f"--out {config.out}: give a name that ends in .png")
     if device.type != "cuda" and flops(preset.dit, preset.section * frame_tokens(preset, preset.sizes[0])) > 1e13:
         raise UserError(f"--preset {config.preset} is too large to time on {device}, it needs CUDA; give --preset nano")
-    if not importlib.util.find_spec("matplotlib"):
-        raise UserError("the plot needs matplotlib, which is not installed: pip install matplotlib")
     dtype = product_dtype(device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
     title = f"{config.preset} on {name}, {str(dtype).removeprefix('torch.')}"
@@ -429,6 +434,7 @@ def speed(argv):
     with device:
         model = MemoryDiT(config.preset, "proposed", config.rate)
         torch.nn.init.normal_(model.dit.head.head.weight, std=0.02)         # it starts at zero, which would hide errors
+    model.dit.recompute = preset.recompute
     if preset.codec == "wan" and device.type == "cuda":
         model.to(dtype)                     # as it is kept when it is sampled from or has a LoRA
     try:

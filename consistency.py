@@ -14,13 +14,13 @@ from statistics import median
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import budget
 import world
-from data import STORY_SECTIONS, Clip, Clips, make_codec, to_frames, to_pixels, world_clips
+from data import STORY_SECTIONS, Clip, Clips, load_tensor, make_codec, to_frames, to_pixels, world_clips
 from model import UserError, autocast, euler, get_preset
 from pretrain import downsample, generator
 from scores import MAIN, score
@@ -62,7 +62,7 @@ def kept_sections(folder, model, tools, clips, first, sections, config):
     gets one more row, goes on."""
     digest = hashlib.sha256(repr((file_hash(Path(folder) / "model.safetensors"), first, sections, config.steps,
                                   config.shift, config.guidance, config.seed)).encode())
-    for source in "model.py", "encoder.py", "data.py":
+    for source in "model.py", "encoder.py", "data.py", "pretrain.py", "consistency.py":
         digest.update(Path(__file__).with_name(source).read_bytes())
     for clip in clips:
         digest.update(repr(clip.storyboard).encode() + clip.latents.numpy().tobytes())
@@ -71,7 +71,7 @@ def kept_sections(folder, model, tools, clips, first, sections, config):
         made = continue_stories(model, tools, clips, first, sections, config)
         with whole_file(file) as part:
             save_file({"frames": made}, part)
-    return load_file(file)["frames"]
+    return load_tensor(file, "frames")
 
 
 def costs(model, tools, clip, config):

@@ -1,5 +1,5 @@
-"""The outside world: pixels <-> latents (codecs), prompts -> embeddings, the paper-doll world, folders of videos, video
-files, and the command line.
+"""The outside world: pixels <-> latents (codecs), prompts -> embeddings, the clips to train on (stories of the paper-doll
+world, folders of videos, caches of latents), and the command line.
 
 Pixels are (B, 3, F, H, W) floats in [-1, 1]; latents (B, C, f, h, w);
 uint8 frames (F, H, W, 3) only at the file boundary.
@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import world
-from model import PRESETS, UserError, get_preset, open_safetensors, pad_replicate, pick_device
+from model import PRESETS, UserError, get_preset, open_safetensors, pad_replicate, parse_json, pick_device
 from video import (VideoWriter, file_hash, find_videos, parse_entries, prompt_at, read_video, remove_leftovers,
                    storyboard_beside, video_info, whole_file)
 from wan import UMT5Prompts, WanCodec, ZeroPrompts
@@ -251,7 +251,7 @@ class Clips:
         return self.epoch(step // per_epoch, size, seed)[step % per_epoch]
 
 
-STORY_SECTIONS = 13     # 10 of history and 3 to continue
+HISTORY_SECTIONS, STORY_SECTIONS = 10, 13       # of a story: the first ten, and with three more to continue them
 
 
 def story_pixels(split, index, preset):
@@ -265,11 +265,11 @@ def encode_story(split, index, preset, codec):
     return codec.encode(to_pixels(pixels)[None])[0].half()
 
 
-def load_latents(path):
-    """The latents in a cache file."""
+def load_tensor(path, name="latents"):
+    """A tensor in a cache file."""
     try:
         with open_safetensors(path) as f:
-            return f.get_tensor("latents")
+            return f.get_tensor(name)
     except (UserError, SafetensorError):
         raise UserError(f"{path} is damaged: delete it, then it is made again") from None
 
@@ -283,7 +283,7 @@ def world_clips(split, count, preset, codec, cache, keep_pixels=False):
         latents = [encode_story(split, i, preset, codec) for i in tqdm(range(count), desc=f"drawing {split} stories")]
         with whole_file(path) as part:
             save_file({"latents": torch.stack(latents)}, part)
-    latents = load_latents(path)                                                # (count, C, F, h, w)
+    latents = load_tensor(path)                                                # (count, C, F, h, w)
     clips = []
     for i in range(count):
         story = world.make_story(world.world_seed(split, i), STORY_SECTIONS)
@@ -307,7 +307,7 @@ def encode_video(path, preset, codec, cache):
         frames = read_video(path, preset.fps, *nearest_size(preset, video_info(path)))
         with whole_file(file) as part:
             save_file({"latents": codec.encode(to_pixels(frames)[None])[0].half().contiguous()}, part)
-    return load_latents(file)
+    return load_tensor(file)
 
 
 def report_skipped(skipped, total, folder):
@@ -398,11 +398,9 @@ class CachedClip(Clip):
 
 def read_index(path, *keys):
     """The JSON with these keys that `data.py cache` wrote."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {**content, **{key: content[key] for key in keys}}
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"{path} is damaged: delete it, then run data.py cache again") from None
+    if not path.is_file():
+        raise UserError(f"{path} is missing: run data.py cache again, it makes only what is not there")
+    return parse_json(path.read_bytes(), path, "delete it, then run data.py cache again", *keys)
 
 
 def cached_clips(folder, preset, codec, held_out):
@@ -450,7 +448,11 @@ class CacheConfig:
 def read_captions(path):
     """{video: storyboard} of a JSONL file."""
     captions = {}
-    for n, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"--captions {path} cannot be read: give a JSONL file in UTF-8") from None
+    for n, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
             board = entry["storyboard"] if "storyboard" in entry else [[0, entry["caption"]]]
@@ -555,7 +557,8 @@ def cache_videos(argv):
         content = [(str(p.relative_to(config.videos)), file_hash(p), str(s)) for p, s in videos.items()]
         key = hashlib.sha256(repr((settings, content)).encode()).hexdigest()
         index = shard.with_suffix(".json")
-        if index.is_file() and shard.is_file() and read_index(index, "key")["key"] == key:
+        made = read_index(index, "key", "bytes") if index.is_file() and shard.is_file() else {}
+        if (made.get("key"), made.get("bytes")) == (key, shard.stat().st_size if made else None):
             bar.update(len(videos))
         else:
             cache_shard(shard, videos, key, config, preset, codec, prompts, bar)
@@ -623,6 +626,8 @@ def parse_flags(cls, description, argv=None, aliases={}):
         flag = unknown[0].split("=")[0]
         near = difflib.get_close_matches(flag, parser._option_string_actions, 3, 0.5)
         raise UserError(f"unknown flag {flag}" + (f"; did you mean {' or '.join(near)}?" if near else "; see --help"))
+    if not 0 <= getattr(known, "seed", 0) < 2**63:
+        raise UserError(f"--seed {known.seed}: give a whole number of at least 0, below 2^63")
     return cls(**vars(known))
 
 
@@ -671,7 +676,7 @@ def write_story(argv):
     if config.index < 0:
         raise UserError(f"--index {config.index}: stories are numbered from 0")
     story, frames = story_pixels("held-out", config.index, preset)
-    shown = len(frames) if config.truth else preset.history
+    shown = len(frames) if config.truth else HISTORY_SECTIONS * preset.section
     with VideoWriter(config.out, preset.fps, *preset.sizes[0]) as writer:
         writer.write(frames[:shown])
     lines = [f"{k * preset.section / preset.fps:g}s: {world.caption(story, k)}\n" for k in range(STORY_SECTIONS)]

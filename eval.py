@@ -28,13 +28,13 @@ from tqdm import tqdm
 import budget
 import consistency
 import judge
-from data import (Clip, Clips, make_codec, nearest_size, psnr, run_command, run_main, to_frames, to_pixels,
-                  video_clips, world_clips)
+from data import (HISTORY_SECTIONS, Clip, Clips, make_codec, nearest_size, psnr, run_command, run_main, to_frames,
+                  to_pixels, video_clips)
 from finetune import ask
 from model import UserError, autocast, euler, get_preset, pick_device
 from pretrain import PretrainConfig, collate, downsample, draw_retrieval, generator, preview
 from tables import (EvalConfig, Row, compare, describe_runs, draw_curves, expected_pairs, first_seeds,
-                    interval, label, open_checkpoint, parse, parse_runs, plot, read_runs, write_csv, write_seeds)
+                    interval, label, open_checkpoint, parse, parse_runs, plot, read_runs, stories, write_csv, write_seeds)
 from video import contact_strip, read_video, video_info, whole_file
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,8 +229,7 @@ def retrieval(argv):
     config = parse(RetrievalConfig, retrieval, argv)
     lpips = open_lpips(config)
     model, tools, trained = open_checkpoint(config.checkpoint, config, "pretrain")
-    clips = own_clip(config, tools) if config.history else world_clips(
-        "held-out", config.clips, tools.preset, tools.codec, config.cache, keep_pixels=True)
+    clips = own_clip(config, tools) if config.history else stories(config, tools.preset, tools.codec)
     settings = PretrainConfig(mask="none", text_drop=1.0, queries=config.queries, seed=config.seed)
     made = reconstruct(model, tools, lambda rows: draw_retrieval(settings, tools, clips, rows, 0), len(clips), config)
     report(made, trained, config, "no prompts", lpips)
@@ -241,8 +240,8 @@ def continuation(argv):
     config = parse(ContinuationConfig, continuation, argv)
     lpips = open_lpips(config)
     model, tools, trained = open_checkpoint(config.checkpoint, config, "finetune")
-    clips = world_clips("held-out", config.clips, tools.preset, tools.codec, config.cache, keep_pixels=True)
-    begin = tools.preset.history
+    clips = stories(config, tools.preset, tools.codec)
+    begin = min(tools.preset.history, HISTORY_SECTIONS * tools.preset.section)
     draw = lambda rows: collate([ask(tools, clips[row], 0, begin, clips[row].text(begin, tools.prompts), torch.ones(1),
                                      generator(config.seed, row)) for row in rows])
     report(reconstruct(model, tools, draw, len(clips), config), trained, config, "with prompts", lpips)
@@ -265,8 +264,10 @@ def retrieve(model, tools, clips, config, lpips):
     (n, F) of each frame in latent frames, {truth, codec, model: frames of the first clips})."""
     settings = PretrainConfig(mask="none", text_drop=1.0, queries=config.queries, seed=config.seed)
     values, ages, pictures = {}, [], None
-    for members in clips.sizes.values():                            # a batch is of one size
-        some = [clips[i] for i in members]
+    groups = {}                                 # a batch is of one size and one length of history
+    for clip in clips:
+        groups.setdefault((clip.size, min(clip.frames, tools.preset.history)), []).append(clip)
+    for some in groups.values():
         draw = lambda rows: draw_retrieval(settings, tools, some, rows, 0)
         made = reconstruct(model, tools, draw, len(some), config, controls=False)
         ages.append(made.pop("age"))
@@ -372,9 +373,9 @@ def table1(argv):
     folders, config = parse_runs(Table1Config, table1, argv)
     runs, lpips = read_runs(folders, "table1", "pretrain"), open_lpips(config)
     preset = get_preset(next(iter(runs.values()))["preset"])
-    codec = make_codec(preset)
+    codec = make_codec(preset, config.vae, pick_device(config.device))
     if config.data == "world":
-        clips = world_clips("held-out", config.clips, preset, codec, config.cache, keep_pixels=True)
+        clips = stories(config, preset, codec)
     else:
         clips = video_clips(config.data, preset, codec, config.cache)[1]
     everything = []

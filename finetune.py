@@ -100,7 +100,7 @@ def main():
     model, *rest = setup(config)
     if encoder:
         ours = lambda name: name.removeprefix("encoder.") if name.startswith("encoder.") else None
-        load_weights(model.encoder, [encoder], ours)
+        load_weights(model.encoder, [encoder], ours, device=next(model.parameters()).device)
     if config.freeze_encoder:
         model.encoder.requires_grad_(False)
     train(config, "finetune", draw_continuation, replace(config, text_drop=0.0), model, *rest)

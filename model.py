@@ -53,7 +53,7 @@ class Preset:
     history: int                  # latent frames of history, about 20 s
     widths: tuple                 # channels of the memory encoder's convolutions
     lora: int = 0                 # rank of the trained update of a frozen DiT; 0: the whole DiT is trained
-    optimizer: str = "muon"       # muon or adamw, see pretrain.py
+    optimizer: str = "muon"       # muon or adamw, see optim.py
     lr: float = 0.04              # its peak learning rate
     recompute: bool = False       # compute activations again in the backward pass: a third more time, far less memory
 
@@ -462,6 +462,15 @@ def wan_name(name):
     return name
 
 
+def parse_json(text, source, advice, *keys):
+    """The JSON object that `text`, found in `source`, holds, with at least these keys. Raises UserError."""
+    try:
+        content = json.loads(text)
+        return {**content, **{key: content[key] for key in keys}}
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{source} is damaged: {advice}") from None
+
+
 def weight_files(path):
     """The safetensors files of a checkpoint: a file, or a folder with one file or with shards and an index."""
     path = Path(path)
@@ -470,7 +479,8 @@ def weight_files(path):
     if not path.is_dir():
         raise UserError(f"no weights at {path}: give a .safetensors file or a folder that holds one")
     for index in sorted(path.glob("*.safetensors.index.json")):
-        files = sorted({path / f for f in json.loads(index.read_text())["weight_map"].values()})
+        files = sorted({path / f for f in parse_json(
+            index.read_bytes(), index, "download it again", "weight_map")["weight_map"].values()})
         missing = [f.name for f in files if not f.is_file()]
         if missing:
             raise UserError(f"{index} lists {', '.join(missing)}, not found in {path}: download the missing file")
@@ -498,12 +508,7 @@ def read_metadata(path):
     if text is None:
         raise UserError(f"{path} was not written by pretrain.py or finetune.py (no config in it): "
                         "give a model.safetensors of theirs")
-    try:
-        config = json.loads(text)
-        return {**config, "stage": config["stage"]}
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"{path}: the config in its header is damaged: write it again with pretrain.py or "
-                        "finetune.py") from None
+    return parse_json(text, f"the config in the header of {path}", "train it again, or name another", "stage")
 
 
 def load_weights(module, files, rename=lambda name: name, names=None, device="cpu",

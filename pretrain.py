@@ -49,8 +49,8 @@ class Config:
     steps: int = 500              # optimizer steps
     batch: int = 8                # clips a step, over all processes
     micro_batch: int = 8          # clips a forward pass on one process; gradients are accumulated up to the batch
-    optimizer: str = None         # muon (for matrices; AdamW for the rest) or adamw [the preset's]
-    lr: float = None              # peak learning rate; with muon, all but matrices have a tenth of it [the preset's]
+    optimizer: str = None         # muon (for matrices; AdamW for the rest, see optim.py) or adamw [the preset's]
+    lr: float = None              # peak learning rate; of muon, the rest has a tenth or a hundredth [the preset's]
     warmup: int = 50              # steps of linear warm-up; then a cosine down to zero
     clip_grad: float = 1.0        # largest norm of the gradient
     ema: float = 0.995            # decay of the weight average that is saved and sampled from
@@ -190,20 +190,24 @@ def save(config, stage, model, ema, optimizers, step):
         if config.lora:
             with whole_file(out / "lora.safetensors") as path:
                 save_file({comfy_name(name): tensor for name, tensor in tensors().items() if ".lora_" in name}, path)
-    state = {"step": step, "config": asdict(config), "model": tensors(), "ema": ema.shadow,
+    state = {"stage": stage, "step": step, "config": asdict(config), "model": tensors(), "ema": ema.shadow,
              "optimizers": [o.state_dict() for o in optimizers]}
     with whole_file(out / "state.pt") as path, open(path, "wb") as f:   # a Python file says why it cannot be written
         torch.save(state, f)
 
 
-def resume(config, model, ema, optimizers):
-    """Load state.pt of --out; returns the step to go on from."""
+def resume(config, stage, model, ema, optimizers):
+    """Load state.pt of --out; returns the step to go on from: 0 if nothing was saved yet, so that a script of many runs
+    may be started again as it is."""
     path = Path(config.out) / "state.pt"
+    if not path.is_file():
+        tqdm.write(f"--resume: no {path} yet, so this is the start")
+        return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         step, theirs, tensors, shadow, saved = (state[k] for k in ("step", "config", "model", "ema", "optimizers"))
-    except FileNotFoundError:
-        raise UserError(f"--resume: no {path}; start without --resume") from None
+        if state["stage"] != stage:
+            raise ValueError(f"it is of {state['stage']}.py")
     except Exception as e:
         raise UserError(f"--resume: {path} cannot be read ({str(e).partition(chr(10))[0] or type(e).__name__}); "
                         "start again in another folder") from None
@@ -342,7 +346,7 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
     optimizers = make_optimizers(model, config)
     if not config.resume and (out / "state.pt").exists():
         raise UserError(f"--out {out} holds a run already: go on with --resume, or give another folder")
-    first = resume(config, model, ema, optimizers) if config.resume else 0
+    first = resume(config, stage, model, ema, optimizers) if config.resume else 0
     if config.compile:
         for block in model.dit.blocks:
             block.compile()                                         # in place: parameter names stay as they are

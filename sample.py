@@ -165,7 +165,8 @@ def main():
         save_file = save_file.with_stem(save_file.stem + "_continued")
     if save_file.resolve() == Path(config.history).resolve():
         raise UserError(f"--save_file {save_file} is the history itself: give another name")
-    storyboard = storyboard_of(config, len(history) / preset.fps)
+    # random weights, which measure speed and memory, need no prompts, so no text encoder either
+    storyboard = [] if config.init == "random" else storyboard_of(config, len(history) / preset.fps)
     if config.init != "random" and read_metadata(config.checkpoint).get("data") == "world":
         check_words(storyboard)
     texts = embed(make_prompts(preset, config.t5), storyboard, sections, preset, codec)

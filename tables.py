@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from data import make_codec, make_prompts, parse_flags
+from data import make_codec, make_prompts, parse_flags, world_clips
 from encoder import FRAME_METHODS, load_model
 from model import PRESETS, UserError, pick_device, read_metadata
 from pretrain import Tools
@@ -31,6 +31,8 @@ class EvalConfig:
     batch: int = 8                # stories at once
     device: str = "auto"          # auto, cpu, cuda, mps
     cache: str = "cache"          # folder for encoded clips
+    init: str = ""                # Wan: the base DiT under the checkpoint's LoRA
+    vae: str = ""                 # Wan: local folder of its VAE in the diffusers layout
 
 
 def parse(cls, command, argv):
@@ -50,12 +52,20 @@ def parse_runs(cls, command, argv):
 
 def open_checkpoint(path, config, stage):
     """(model on its device, tools, training config) of a checkpoint, which must be of this stage."""
-    model, trained = load_model(path)
+    device = pick_device(config.device)
+    model, trained = load_model(path, config.init, device)
     if trained["stage"] != stage:
         raise UserError(f"{path} is of stage {trained['stage']}: give one of {stage}.py")
-    model.to(pick_device(config.device))
     preset = PRESETS[model.preset]
-    return model, Tools(preset, make_codec(preset), make_prompts(preset), model.encoder), trained
+    return model, Tools(preset, make_codec(preset, config.vae, device), make_prompts(preset), model.encoder), trained
+
+
+def stories(config, preset, codec):
+    """The held-out stories that are asked for, encoded, with their pixels."""
+    if preset.codec != "dct":
+        raise UserError("the held-out stories are paper dolls, for presets nano and small: give clips of your own, with "
+                        "--history (retrieval) or --data FOLDER (table1)")
+    return world_clips("held-out", config.clips, preset, codec, config.cache, keep_pixels=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -210,21 +210,20 @@ def _fit(frame, height, width, pixel_aspect):
     return np.array(picture)
 
 
-def read_video(path, fps, height, width, start=0.0, seconds=None, last=None):
+def read_video(path, fps, height, width, start=0.0, seconds=None):
     """Read a video -> (F, height, width, 3) uint8, frame k being what was on screen `start + k / fps` seconds in.
 
     Time counts from the first frame and is taken from the time stamps, never from the nominal rate. seconds: read at
-    most so much; last: of that, keep the newest so many seconds. Where the file is shorter, fewer frames come back (a
-    still gives one). A damaged file gives what can be decoded and a warning on stderr.
+    most so much. Where the file is shorter, fewer frames come back (a still gives one). A damaged file gives what can be decoded and a warning on stderr.
     Raises UserError (a ValueError) for a file that cannot be read, or that ends before `start`.
     """
-    for name, value in {"fps": fps, "height": height, "width": width, "seconds": seconds, "last": last}.items():
+    for name, value in {"fps": fps, "height": height, "width": width, "seconds": seconds}.items():
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{name} is {value}: give a number above 0")
     if not 0 <= start < math.inf:
         raise UserError(f"start is {start}: give a number of seconds, 0 or more")
     count = math.inf if seconds is None else max(1, math.ceil(seconds * fps - 1e-6))
-    kept = deque(maxlen=None if last is None else max(1, math.ceil(last * fps - 1e-6)))
+    kept = []
     with _frames_of(path) as frames:
         aspect = float(frames.stream.sample_aspect_ratio or 1)
         k, shown, shown_since, picture = 0, None, 0.0, None
