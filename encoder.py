@@ -49,7 +49,8 @@ def parse_rate(text):
 
 class HighRes(nn.Module):
     """The HR branch: 3D convolutions + SiLU, striding time first, then space; attention inside the segment at the last
-    width; a projection to D that never passes through the codec's channels.
+    width; a projection to D that never passes through the codec's channels. Around all that, one linear map of the
+    block, as a ResNet has around its strided blocks: without it the branch is slow to train (EXPERIMENTS.md).
 
     A strided axis has kernel 4, stride 2, padding 1, any other one kernel 3: each output sits at its block's centre.
     """
@@ -69,9 +70,11 @@ class HighRes(nn.Module):
         self.attention = Attention(widths[-1], max(1, widths[-1] // 64), eps=1e-6)
         self.norm_out = nn.LayerNorm(widths[-1])
         self.proj = nn.Linear(widths[-1], dim)
+        self.shortcut = PatchEmbedding(in_dim, dim, self.block)
 
     def forward(self, x):
         """One segment a row: (B, C, F, H, W), a multiple of the block -> (B, M, D)."""
+        shortcut = self.shortcut(x)                                             # (B, M, D)
         for conv in self.convs:
             x = F.silu(conv(F.pad(x, (1,) * 6, mode="replicate")))
         f, h, w = x.shape[2:]
@@ -79,7 +82,7 @@ class HighRes(nn.Module):
         head_dim = self.attention.o.in_features // self.attention.heads
         angles = rope(token_positions(torch.arange(f, device=x.device), h, w)[None], head_dim)
         x = x + self.attention(self.norm(x), angles=angles)
-        return self.proj(self.norm_out(x))
+        return self.proj(self.norm_out(x)) + shortcut
 
 
 def group_sums(x, groups, count):
@@ -143,8 +146,9 @@ class MemoryEncoder(nn.Module):
         if method in ("proposed", "without-lr"):
             self.hr = HighRes(p.dit.in_dim, p.widths, self.rate, p.dit.dim, self.patch)
         if method == "proposed":            # the LR branch carries the signal from the first step
-            nn.init.zeros_(self.hr.proj.weight)
-            nn.init.zeros_(self.hr.proj.bias)
+            for layer in (self.hr.proj, self.hr.shortcut):
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
         if method == "large-patchifier":
             self.large_patch = PatchEmbedding(p.dit.in_dim, p.dit.dim, self.block)
         # φ's own copy of the DiT's patch embedding: φ means the same whatever DiT reads it later. Also embeds the

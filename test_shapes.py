@@ -532,7 +532,7 @@ def test_encoder_blocks_answer_where_they_are(method, rate):
 def test_encoder_high_resolution_branch_is_centred(rate):
     """With mirror-symmetric kernels a mirrored video must give mirrored tokens: no stride may lean to one side."""
     encoder = without_attention(make_encoder("without-lr", rate))
-    for conv in encoder.hr.convs:
+    for conv in *encoder.hr.convs, encoder.hr.shortcut:
         for axis in 2, 3, 4:
             conv.weight.copy_((conv.weight + conv.weight.flip(axis)) / 2)
     t, h, w = encoder.rate
@@ -2341,7 +2341,7 @@ def test_budget_knows_what_a_block_keeps(lora, monkeypatch):
 
 
 @pytest.mark.parametrize("preset, says", [
-    ("nano", ["8,347,680", "2,560", "256 + 80"]), ("small", ["62,463,488", "224x128", "71,680"]),
+    ("nano", ["8,872,224", "2,560", "256 + 80"]), ("small", ["63,512,576", "224x128", "71,680"]),
     ("wan-1.3b", ["1,418,996,800", "4,264", "126,360", "5,460", "yes"]),
     ("wan-14b", ["14,288,491,584", "6,240 + 4,264", "12,480 + 4,264", "6,344", "1.39 PFLOP"])])
 def test_budget_command(preset, says, capsys):
