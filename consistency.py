@@ -24,8 +24,8 @@ from data import STORY_SECTIONS, Clip, Clips, load_tensor, make_codec, to_frames
 from model import UserError, autocast, euler, get_preset
 from pretrain import downsample, generator
 from scores import MAIN, score
-from tables import (EvalConfig, Row, compare, describe_runs, draw_curves, expected_pairs, first_seeds, interval, label,
-                    open_checkpoint, parse_runs, per_clip, plot, read_runs, write_csv, write_seeds)
+from tables import (EvalConfig, Row, compare, describe_runs, expected_pairs, first_seeds, interval, label,
+                    open_checkpoint, parse_runs, per_clip, plot, read_runs, write_csv, write_table)
 from video import VideoWriter, contact_sheet, contact_strip, file_hash, whole_file
 
 SHOWN = 4           # stories in the video
@@ -124,7 +124,7 @@ class Table2Config(StoryConfig):
     out: str = "assets"           # folder for table2.md, .csv, .png, .mp4, ...; table1.csv there is read
 
 
-def preset_of(runs, sections=1):
+def world_preset(runs, sections=1):
     """(preset of the runs, sections of its history): the paper-doll world must have so many, and `sections` more."""
     name = next(iter(runs.values()))["preset"]
     preset = get_preset(name)
@@ -282,22 +282,18 @@ def table2(argv):
     """RUN...: continue the same stories with finished runs of finetune.py; scores, paired differences, pictures."""
     folders, config = parse_runs(Table2Config, table2, argv)
     runs = read_runs(folders, "table2", "finetune")
-    preset, first = preset_of(runs, config.sections)
+    preset, first = world_preset(runs, config.sections)
     codec = make_codec(preset)
     clips = world_clips("held-out", config.clips, preset, codec, config.cache, keep_pixels=True)
     everything, ceiling = measure_runs(runs, clips, first, config.sections, config)
     rows = sorted(first_seeds(everything), key=lambda row: row.each("consistency").mean(), reverse=True)
 
     stem = Path(config.out) / "table2"
-    text = "\n".join(describe(rows, everything, config, ceiling)) + "\n"
-    with whole_file(f"{stem}.md") as part:
-        part.write_text(text, encoding="utf-8")
-    write_csv(f"{stem}.csv", [record(row) for row in rows])
-    write_seeds(f"{stem}_seeds.csv", everything, record, ("consistency", *METRICS[:-1]))
-    draw_curves(f"{stem}_curves.png", rows, everything)
+    write_table(stem, describe(rows, everything, config, ceiling), rows, everything, record,
+                ("consistency", *METRICS[:-1]))
     draw_sections(f"{stem}_sections.png", rows)
     draw_pictures(stem, rows, clips.clips[:SHOWN], first, preset.section, preset.fps)
-    print(text + f"wrote {stem}.md, .csv, .png, .mp4, _seeds.csv, _curves.png and _sections.png")
+    print(f"wrote {stem}.md, .csv, .png, .mp4, _seeds.csv, _curves.png and _sections.png")
     table1 = Path(config.out) / "table1.csv"
     if table1.is_file() and (found := draw_claim(f"{stem}_claim.png", rows, table1)):
         print(f"wrote {stem}_claim.png: {found}")
@@ -337,7 +333,7 @@ def story(argv):
     """RUN...: a character leaves and returns; how often are clothes and face right, by seconds of absence?"""
     folders, config = parse_runs(StoryConfig, story, argv)
     runs = read_runs(folders, "story", "finetune")
-    preset, first = preset_of(runs)
+    preset, first = world_preset(runs)
     codec = make_codec(preset)
     clips = absence_clips(config.clips, preset, codec, first)
     rows, records = first_seeds(measure_runs(runs, clips, first, 1, config)[0]), []

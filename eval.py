@@ -33,9 +33,9 @@ from data import (HISTORY_SECTIONS, Clip, Clips, make_codec, nearest_size, psnr,
 from finetune import ask
 from model import UserError, autocast, euler, get_preset, pick_device
 from pretrain import PretrainConfig, collate, downsample, draw_retrieval, generator, preview
-from tables import (EvalConfig, Row, compare, describe_runs, draw_curves, expected_pairs, first_seeds,
-                    interval, label, open_checkpoint, parse, parse_runs, plot, read_runs, stories, write_csv, write_seeds)
-from video import contact_strip, read_video, video_info, whole_file
+from tables import (EvalConfig, Row, compare, describe_runs, expected_pairs, first_seeds, interval, label,
+                    open_checkpoint, parse, parse_runs, plot, read_runs, stories, write_table)
+from video import contact_strip, read_video, video_info
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
@@ -390,13 +390,8 @@ def table1(argv):
             *sorted(first_seeds(everything), key=lambda row: row.psnr.mean(), reverse=True)]
 
     stem = Path(config.out) / ("table1" if config.data == "world" else "table1_video")
-    text = "\n".join(describe(rows, everything, config, len(clips))) + "\n"
-    with whole_file(f"{stem}.md") as part:
-        part.write_text(text, encoding="utf-8")
-    write_csv(f"{stem}.csv", [record(row) for row in rows])
-    write_seeds(f"{stem}_seeds.csv", everything, record, (
-        "psnr", "psnr_low", "psnr_high", "ssim", "lpips", "psnr_one_step"))
-    draw_curves(f"{stem}_curves.png", rows[1:], everything)
+    write_table(stem, describe(rows, everything, config, len(clips)), rows, everything, record,
+                ("psnr", "psnr_low", "psnr_high", "ssim", "lpips", "psnr_one_step"))
     seconds = codec.stride[0] / preset.fps                          # a latent frame
     draw_ages(f"{stem}_age.png", rows[1:], ages, preset.section, preset.section * seconds)
     heading = lambda row: row.name.replace(" ", "\n") + f"\n{row.psnr.mean():.1f} dB"
@@ -404,7 +399,7 @@ def table1(argv):
     strips = [("original", pictures["truth"]), *((heading(row), row.pictures) for row in rows)]
     contact_strip([(name, frames.flatten(0, 1)) for name, frames in strips], f"{stem}.png",
                   [f"{x:g} s ago" for x in age.tolist()])
-    print(text + f"wrote {stem}.md, .csv, .png, _seeds.csv, _curves.png and _age.png")
+    print(f"wrote {stem}.md, .csv, .png, _seeds.csv, _curves.png and _age.png")
 
 
 COMMANDS = {"retrieval": retrieval, "continuation": continuation, "table1": table1, "table2": consistency.table2,

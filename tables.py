@@ -258,9 +258,21 @@ def draw_curves(path, rows, everything):
     trained = everything[0].trained
     what = f"PSNR, dB ({trained['held_out']} clips, {trained['sample_steps']} Euler steps)"
     with plot(path, "step", what) as (axes,):
-        for i, row in enumerate(rows):
+        for i, row in enumerate(row for row in rows if row.trained):
             for one in (one for one in everything if one.name == row.name):
                 log = [json.loads(line) for line in (Path(one.folder) / "log.jsonl").read_text().splitlines()]
                 points = [(entry["step"], entry["psnr"]) for entry in log if "psnr" in entry]
                 axes.plot(*zip(*points), color=f"C{i}", marker=".", linewidth=1.6 if one is row else 0.6,
                           label=row.name if one is row else None)
+
+
+def write_table(stem, lines, rows, everything, record, metrics):
+    """What both tables write: stem.md of these lines, which are printed too; stem.csv, a record(row) each;
+    stem_seeds.csv of all runs, metrics[0] being what their spread is shown of; stem_curves.png."""
+    text = "\n".join(lines) + "\n"
+    with whole_file(f"{stem}.md") as part:
+        part.write_text(text, encoding="utf-8")
+    write_csv(f"{stem}.csv", [record(row) for row in rows])
+    write_seeds(f"{stem}_seeds.csv", everything, record, metrics)
+    draw_curves(f"{stem}_curves.png", rows, everything)
+    print(text)
