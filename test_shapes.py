@@ -2800,8 +2800,7 @@ def test_shipped_model_remembers_and_obeys(tmp_path):
         if name == "right":                                         # the place asked for, not another of the story
             written = scores.score(frames[None, :, None], [clip.story for clip in clips], 10)
             assert written["obeys"].mean() >= 75, written["obeys"]
-    # the model that ships is 2.5 dB apart on 64 stories; 3 dB is what a longer run has to reach
-    assert found["right"] > max(found["wrong"], found["none"]) + 1.5, found
+    assert found["right"] > max(found["wrong"], found["none"]) + 3, found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
