@@ -1,5 +1,5 @@
-"""The outside world: pixels <-> latents (codecs), prompts -> embeddings, the clips to train on (stories of the paper-doll
-world, folders of videos, caches of latents), and the command line.
+"""The outside world: pixels <-> latents (codecs), prompts -> embeddings, the clips to train on (stories of the
+paper-doll world, folders of videos, caches of latents), and the command line.
 
 Pixels are (B, 3, F, H, W) floats in [-1, 1]; latents (B, C, f, h, w);
 uint8 frames (F, H, W, 3) only at the file boundary.

@@ -51,8 +51,8 @@ def storyboard_of(config, clip_seconds):
         return parse_storyboard(config.prompt)
     beside = storyboard_beside(config.history) or []
     if len(beside) > 1 and beside[-1][0] < clip_seconds:
-        warn(f"the storyboard beside {config.history} ends before the clip does: its last prompt is used for all that is "
-             "written, or give --prompt")
+        warn(f"the storyboard beside {config.history} ends before the clip does: its last prompt is used for all that "
+             "is written, or give --prompt")
     return [(start - clip_seconds, prompt) for start, prompt in beside]
 
 

@@ -63,8 +63,8 @@ def open_checkpoint(path, config, stage):
 def stories(config, preset, codec):
     """The held-out stories that are asked for, encoded, with their pixels."""
     if preset.codec != "dct":
-        raise UserError("the held-out stories are paper dolls, for presets nano and small: give clips of your own, with "
-                        "--history (retrieval) or --data FOLDER (table1)")
+        raise UserError("the held-out stories are paper dolls, for presets nano and small: give clips of your own, "
+                        "with --history (retrieval) or --data FOLDER (table1)")
     return world_clips("held-out", config.clips, preset, codec, config.cache, keep_pixels=True)
 
 

@@ -2733,7 +2733,8 @@ def test_stages_refuse_checkpoints_of_another_kind(refused, cache, stage1):
     assert "pickle.safetensors" in refused(pretrain.main, *common(init="pickle.safetensors"))
     for damage in "{", "[]", "{}":
         save_file({"x": torch.zeros(1)}, "damaged.safetensors", {"config": damage})
-        assert "header of damaged.safetensors is damaged" in refused(finetune.main, *common(encoder="damaged.safetensors"))
+        assert "header of damaged.safetensors is damaged" in refused(
+            finetune.main, *common(encoder="damaged.safetensors"))
     assert "it is of pretrain.py" in refused(finetune.main, *flags(cache, out=stage1, encoder="none", resume=True))
     assert "--encoder" in refused(finetune.main, *common(encoder=stage1, rate="2x2x2"))
     assert "--encoder" in refused(finetune.main, *common(encoder=stage1, method="only-lr"))
