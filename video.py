@@ -214,8 +214,8 @@ def read_video(path, fps, height, width, start=0.0, seconds=None):
     """Read a video -> (F, height, width, 3) uint8, frame k being what was on screen `start + k / fps` seconds in.
 
     Time counts from the first frame and is taken from the time stamps, never from the nominal rate. seconds: read at
-    most so much. Where the file is shorter, fewer frames come back (a still gives one). A damaged file gives what can be
-    decoded and a warning on stderr.
+    most so much. Where the file is shorter, fewer frames come back (a still gives one). A damaged file gives what can
+    be decoded and a warning on stderr.
     Raises UserError (a ValueError) for a file that cannot be read, or that ends before `start`.
     """
     for name, value in {"fps": fps, "height": height, "width": width, "seconds": seconds}.items():
