@@ -2828,6 +2828,7 @@ class Processes:
         self.files = [Path(f"said-{port}-{rank}") for rank in range(world)]
 
         def work(rank):
+            torch.set_num_threads(1)            # OpenMP's threads do not survive a fork: waiting for them hung, rarely
             for s in signal.SIGINT, signal.SIGTERM:
                 signal.signal(s, signal.SIG_DFL if s == signal.SIGTERM else signal.default_int_handler)
             sys.stdout = sys.stderr = self.files[rank].open("w", buffering=1)
