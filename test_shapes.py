@@ -3268,7 +3268,6 @@ def test_weights_that_claim_terabytes_take_no_memory(tmp_path):
 import resource, sys
 sys.path.insert(0, sys.argv[1])
 import model
-import optim
 held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (held + 2**28, held + 2**28))
 for i in range(4):
