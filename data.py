@@ -45,6 +45,7 @@ class DCTCodec:
     variance 1: full whitening would weight the finest detail too much.
     """
     channels, stride, causal, decodes = 16, (1, 4, 4), False, True
+    averages = (0, 10, 13)          # latent channels that are means over the pixels of a block
     # standard deviation of each coefficient over frames of the paper-doll world and of real clips
     deviations = (2.6, 0.6, 0.3, 0.18, 0.59, 0.28, 0.17, 0.3, 0.17, 0.18, 1.18, 0.27, 0.26, 0.73, 0.16, 0.16)
 

@@ -5,7 +5,7 @@ Two branches over the same blocks of the history, summed (paper, section 3.3). A
 DiT's grid one memory token stands for:
 
     HR  latents (B, C, F, H, W) -> strided 3D convolutions, attention -> 1x1 projection to the DiT's width D
-    LR  codec.downsample(latents, rate)            -> the DiT's own patch embedding (a trained copy of it)
+    LR  codec.downsample(latents, rate)            -> the DiT's own patch embedding (a trained copy of it, see start_from)
 
 φ sees one segment at a time (segments are folded into the batch), so a new section costs one section:
 φ([H; X]) = [φ(H); φ(X)]. Letters as in model.py; M memory tokens; t, h, w the rate in time, rows and columns.
@@ -33,7 +33,9 @@ from model import (PRESETS, Attention, DiT, PatchEmbedding, UserError, add_lora,
 
 # these keep a few frames as they are and forget the rest: nothing to retrieve for stage 1
 FRAME_METHODS = ("sliding-window", "keyframes")
-METHODS = ("proposed", "only-lr", "without-lr", "large-patchifier", "token-merging", *FRAME_METHODS, "full", "none")
+# one token a block of the history; uncompressed are only the frames that wait for their segment to be whole
+BLOCK_METHODS = ("proposed", "only-lr", "without-lr", "large-patchifier")
+METHODS = (*BLOCK_METHODS, "token-merging", *FRAME_METHODS, "full", "none")
 
 
 def parse_rate(text):
@@ -151,15 +153,23 @@ class MemoryEncoder(nn.Module):
                 nn.init.zeros_(layer.bias)
         if method == "large-patchifier":
             self.large_patch = PatchEmbedding(p.dit.in_dim, p.dit.dim, self.block)
-        # φ's own copy of the DiT's patch embedding: φ means the same whatever DiT reads it later. Also embeds the
-        # frames of an unfinished segment, which wait uncompressed.
+        if method in ("proposed", "only-lr"):
+            self.lr_embedding = PatchEmbedding(p.dit.in_dim, p.dit.dim, p.dit.patch)
+        # for frames that are not compressed. φ's own copies of the DiT's patch embedding: φ means the same whatever DiT
+        # reads it later
         self.patch_embedding = PatchEmbedding(p.dit.in_dim, p.dit.dim, p.dit.patch)
 
     @torch.no_grad()
-    def start_from(self, dit):
+    def start_from(self, dit, averages=slice(None)):
         """Take over what φ begins with from the base DiT. The large patchifier begins as the base's patchify of the
-        latents averaged over boxes of the rate, as FramePack's do."""
+        latents averaged over boxes of the rate, as FramePack's do; and so does LR: the base would take the detail of a
+        small picture for detail of its own scale, so only `averages` has weights, the latent channels that mean the same
+        at every scale (see the codecs). The rest is learned."""
         self.patch_embedding.load_state_dict(dit.patch_embedding.state_dict())
+        if self.method in ("proposed", "only-lr"):
+            nn.init.zeros_(self.lr_embedding.weight)
+            self.lr_embedding.weight[:, averages] = dit.patch_embedding.weight[:, averages]
+            self.lr_embedding.bias.copy_(dit.patch_embedding.bias)
         if self.method == "large-patchifier":
             t, h, w = self.rate
             kernel = repeat(dit.patch_embedding.weight, "d c f i j -> d c (f t) (i h) (j w)", t=t, h=h, w=w)
@@ -200,7 +210,7 @@ class MemoryEncoder(nn.Module):
             return self.merge_segments(hr, start, length)
         tokens = 0
         if self.method in ("proposed", "only-lr"):
-            tokens = self.patch_embedding(pad_replicate(lr, self.patch))        # (B, M, D)
+            tokens = self.lr_embedding(pad_replicate(lr, self.patch))           # (B, M, D)
         if self.method in ("proposed", "without-lr"):
             n = hr.shape[2] // length
             folded = rearrange(hr, "b c (n f) h w -> (b n) c f h w", n=n)

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import make_codec, make_prompts, open_dataset, parse_flags, psnr, run_main, to_frames
-from encoder import FRAME_METHODS, METHODS, MemoryDiT, parse_rate
+from encoder import BLOCK_METHODS, FRAME_METHODS, METHODS, MemoryDiT, parse_rate
 from model import (Preset, UserError, add_lora, add_noise, autocast, euler, get_preset, load_base, pick_device,
                    sample_t)
 from optim import EMA, learning_rate, make_optimizers
@@ -351,8 +351,7 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
         for block in model.dit.blocks:
             block.compile()                                         # in place: parameter names stay as they are
     devices = [device.index] if device.type == "cuda" else None
-    # their patch embedding only sees unfinished segments
-    unused = config.method in ("without-lr", "large-patchifier")
+    unused = config.method in BLOCK_METHODS                         # a batch may have no uncompressed frames
     # every process made the same weights from the seed and the files: no need to send a frozen base around
     ddp = DistributedDataParallel(model, devices, find_unused_parameters=unused,
                                   init_sync=not config.lora) if world > 1 else model
@@ -438,14 +437,14 @@ def check(config):
     return preset
 
 
-def make_model(config, preset, device):
+def make_model(config, preset, codec, device):
     """The DiT with the base's weights, frozen under a fresh LoRA if one is asked for, and a fresh φ."""
     torch.manual_seed(config.seed)
     model = MemoryDiT(config.preset, config.method, config.rate, config.window, empty=config.init != "random")
     if config.init != "random":
         load_base(model.dit, config.init, device, frozen=bool(config.lora))
     if model.encoder:
-        model.encoder.start_from(model.dit)
+        model.encoder.start_from(model.dit, codec.averages)
     if config.lora:
         add_lora(model.dit, config.lora)
     model.dit.recompute = preset.recompute
@@ -460,7 +459,7 @@ def setup(config):
     if config.batch < world:
         raise UserError(f"--batch {config.batch}: must be at least the number of processes, {world}")
     clips, held_out = open_dataset(config, codec)
-    model = make_model(config, preset, device)
+    model = make_model(config, preset, codec, device)
     return model, clips, held_out, Tools(preset, codec, prompts, model.encoder), rank, world, device
 
 

@@ -56,7 +56,7 @@ import video
 import wan
 import world as W
 from data import Clip, Clips, DCTCodec, HashPrompts, to_frames, to_pixels, world_clips
-from encoder import Memory, MemoryDiT, MemoryEncoder
+from encoder import BLOCK_METHODS, Memory, MemoryDiT, MemoryEncoder
 from model import (PRESETS, DiT, DiTConfig, Preset, UserError, add_noise, attend, euler, load_weights,
                    pad_replicate, token_positions, wan_name, weight_files)
 from pretrain import Tools, draw_retrieval
@@ -562,9 +562,8 @@ def test_encoder_gradient_reaches_every_weight_and_every_segment(method):
     encoder(hr, lr)[0].square().sum().backward()
     for x, read in (hr, method != "only-lr"), (lr, method in ("proposed", "only-lr")):
         assert (x.grad.abs().amax((0, 1, 3, 4)) > 0).all() if read else x.grad is None
-    waits = method in ("without-lr", "large-patchifier")            # their patch embedding is for unfinished segments
     for name, p in encoder.named_parameters():
-        if waits and name.startswith("patch_embedding"):
+        if method in BLOCK_METHODS and name.startswith("patch_embedding"):      # it is for unfinished segments
             assert p.grad is None
         else:
             assert p.grad.abs().max() > 0 or name == "hr.attention.k.bias", name
@@ -581,6 +580,24 @@ def test_large_patchifier_begins_as_the_patchify_of_averaged_latents(rate):
     assert expected.std() > 0.01 and (dit.encode(x, x)[0] - expected).abs().max() < 1e-5
     flat = torch.ones_like(x) * randn(1, 16, 1, 1, 1)
     assert (dit.encode(flat, flat)[0] - dit.dit.patch_embedding(flat)[:, :1]).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_lr_begins_with_the_means_that_the_large_patchifier_begins_with():
+    """Without detail in the latents the two are the same; detail changes neither LR nor the small picture's means."""
+    codec, dit, large = DCTCodec(), MemoryDiT("tiny", "only-lr"), MemoryDiT("tiny", "large-patchifier")
+    for model in dit, large:
+        randomize(model.dit)
+        model.encoder.start_from(model.dit, codec.averages)
+    x = randn(2, 16, 8, 16, 32)
+    detail = torch.ones(16, dtype=torch.bool)
+    detail[list(codec.averages)] = False
+    smooth = torch.where(detail[:, None, None, None], 0, x)
+    lr = lambda x: codec.downsample(x, dit.encoder.rate)
+    expected = large.encode(smooth, lr(smooth))[0]
+    assert lr(smooth)[:, detail].abs().max() > 0.1                  # the small picture has detail, the start ignores it
+    for shown in smooth, x:
+        assert (dit.encode(shown, lr(shown))[0] - expected).abs().max() < 1e-5
 
 
 @torch.no_grad()
@@ -656,6 +673,7 @@ def test_encoder_methods_differ_only_in_their_branches():
     for phi in proposed, only_lr, without_lr:
         phi.start_from(dit.dit)
     assert torch.equal(proposed(x, lr)[0], only_lr(x, lr)[0])       # HR starts at zero where LR carries the signal
+    assert torch.equal(only_lr(x, lr)[0], dit.dit.patch_embedding(lr))
     nan = torch.full_like(lr, math.nan)
     assert torch.equal(without_lr(x, nan)[0], without_lr(x, lr)[0]) and without_lr(x, nan)[0].std() > 0
     assert torch.equal(only_lr(x * math.nan, lr)[0], only_lr(x, lr)[0])
@@ -2341,7 +2359,7 @@ def test_budget_knows_what_a_block_keeps(lora, monkeypatch):
 
 
 @pytest.mark.parametrize("preset, says", [
-    ("nano", ["8,872,224", "2,560", "256 + 80"]), ("small", ["63,512,576", "224x128", "71,680"]),
+    ("nano", ["8,888,864", "2,560", "256 + 80"]), ("small", ["63,545,856", "224x128", "71,680"]),
     ("wan-1.3b", ["1,418,996,800", "4,264", "126,360", "5,460", "yes"]),
     ("wan-14b", ["14,288,491,584", "6,240 + 4,264", "12,480 + 4,264", "6,344", "1.39 PFLOP"])])
 def test_budget_command(preset, says, capsys):

@@ -39,6 +39,7 @@ class WanCodec:
     """Wan's VAE, a frame or four at a time: its causal convolutions carry what they need in a cache, so that a video of
     any length takes the memory of four frames. Without a folder only what needs no VAE works (training on a cache)."""
     channels, stride, causal = 16, (4, 8, 8), True
+    averages = slice(None)          # a small video is averaged latents here, see downsample()
 
     def __init__(self, folder=None, device="cpu"):
         self.vae, self.device = None, device
