@@ -158,9 +158,9 @@ def record(row):
     """{column: value} of a row of the CSV: percent; position error in pixels, PSNR in dB; "" where there is none."""
     columns = {"method": row.method, "rate": row.rate}
     figures = {metric: interval(row.each(metric)) for metric in METRICS}
-    columns |= {metric: round(mean, 4) for metric, (mean, _) in figures.items()} | row.costs
+    columns |= {metric: mean for metric, (mean, _) in figures.items()} | row.costs
     for metric, (mean, half) in figures.items():
-        columns |= {f"{metric}_low": round(mean - half, 4), f"{metric}_high": round(mean + half, 4)}
+        columns |= {f"{metric}_low": mean - half, f"{metric}_high": mean + half}
     theirs = PAPER.get((row.method, row.rate), ("",) * 3)
     return columns | dict(zip(("paper_cloth", "paper_identity", "paper_object"), theirs))
 
@@ -347,7 +347,7 @@ def story(argv):
             for k, s in enumerate(seconds):
                 found = {name: interval(x[k]) for name, x in by_absence.items()}
                 records.append({"method": row.method, "rate": row.rate, "seconds_absent": s, "clips": config.clips, **{
-                    name + end: round(value, 4) for name, (mean, half) in found.items()
+                    name + end: value for name, (mean, half) in found.items()
                     for end, value in (("", mean), ("_low", mean - half), ("_high", mean + half))}})
         for axes in panels:
             axes.axhline(100 / 16, color="grey", linestyle=":", label="chance")

@@ -316,7 +316,7 @@ def record(row):
         mean, half = interval(row.values[metric].mean(1)) if metric in row.values else (math.nan,) * 2
         absent = "n/a" if metric == "lpips" else ""
         for column, value in (metric, mean), (f"{metric}_low", mean - half), (f"{metric}_high", mean + half):
-            columns[column] = round(value, 4) if metric in row.values else absent
+            columns[column] = value if metric in row.values else absent
     columns |= {key: row.costs.get(key, "") for key in
                 ("channels_per_latent_value", "encoder_parameters", "encoder_ms")}
     theirs = PAPER.get((row.method, row.rate), ("", "", ""))

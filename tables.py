@@ -144,7 +144,7 @@ def by_seed(everything, metric):
     """{name: [mean of a metric of each run]}."""
     found = {}
     for row in everything:
-        found.setdefault(row.name, []).append(row.each(metric).mean().item())
+        found.setdefault(row.name, []).append(interval(row.each(metric))[0])
     return found
 
 
@@ -207,7 +207,7 @@ def describe_runs(everything, metric, title, unit):
     for row in everything:
         t = row.trained
         lines.append(f"| {row.name} | {row.folder} | {t['step']} | {t['seed']} | {t['lr']:g} | "
-                     f"{row.each(metric).mean():.2f} |")
+                     f"{interval(row.each(metric))[0]:.2f} |")
     spreads = [f"{name} {statistics.stdev(x):.2f} ({len(x)} seeds)" for name, x in by_seed(everything, metric).items()
                if len(x) > 1]
     return [*lines, "", f"Standard deviation of {title} over training seeds, {unit}: "
@@ -215,6 +215,8 @@ def describe_runs(everything, metric, title, unit):
 
 
 def write_csv(path, records):
+    """A line a record, floats with six digits."""
+    records = [{key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in record.items()} for record in records]
     with whole_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, records[0])
         writer.writeheader()
@@ -229,8 +231,8 @@ def write_seeds(path, everything, record, metrics):
         values, columns = by_seed(everything, main)[row.name], record(row)
         records.append({"method": row.method, "rate": row.rate, "seed": row.trained["seed"],
                         "step": row.trained["step"], **{key: columns[key] for key in metrics}, "seeds": len(values),
-                        f"{main}_mean_of_seeds": round(statistics.mean(values), 4),
-                        f"{main}_deviation_of_seeds": round(statistics.stdev(values), 4) if len(values) > 1 else ""})
+                        f"{main}_mean_of_seeds": statistics.mean(values),
+                        f"{main}_deviation_of_seeds": statistics.stdev(values) if len(values) > 1 else ""})
     write_csv(path, records)
 
 
