@@ -336,6 +336,23 @@ def accumulate_gradients(config, tools, draw, ddp, clips, step, rank, world, dev
     return total
 
 
+def take_step(config, tools, draw, ddp, optimizers, ema, clips, step, rank, world, device):
+    """One step on clips of the data set, skipped where the gradient is not finite (the same on every process: gradients
+    are shared). Returns (the sum of this process's losses, the norm of the gradient)."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * learning_rate(step, config)
+    batch = [clips[i] for i in clips.batch(step, config.batch, config.seed)]
+    total = accumulate_gradients(config, tools, draw, ddp, batch, step, rank, world, device)
+    norm = torch.nn.utils.clip_grad_norm_(ema.params, config.clip_grad)
+    if norm.isfinite():
+        for optimizer in optimizers:
+            optimizer.step()
+        ema.update(step)
+    ddp.zero_grad(set_to_none=True)
+    return total, norm
+
+
 MOST_SKIPPED = 10       # steps in a row without a finite gradient, then a run is given up
 
 
@@ -366,20 +383,10 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc=stage, disable=rank > 0)
     started = time.time()
     for step in bar:
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * learning_rate(step, config)
-        batch = [clips[i] for i in clips.batch(step, config.batch, config.seed)]
-        total = accumulate_gradients(config, tools, draw, ddp, batch, step, rank, world, device)
-        norm = torch.nn.utils.clip_grad_norm_(ema.params, config.clip_grad)
-        skipped = 0 if norm.isfinite() else skipped + 1             # the same on every process: gradients are shared
-        if not skipped:
-            for optimizer in optimizers:
-                optimizer.step()
-            ema.update(step)
-        elif rank == 0:
+        total, norm = take_step(config, tools, draw, ddp, optimizers, ema, clips, step, rank, world, device)
+        skipped = 0 if norm.isfinite() else skipped + 1
+        if skipped and rank == 0:
             tqdm.write(f"step {step + 1}: the gradient is not finite, the step is skipped")
-        model.zero_grad(set_to_none=True)
         shared = torch.stack([total, torch.full_like(total, max(signals, default=0))])
         if world > 1:
             dist.all_reduce(shared[:1])
