@@ -4,11 +4,12 @@ And the DiT + φ that is trained.
 Two branches over the same blocks of the history, summed (paper, section 3.3). A rate HxWxT says how many tokens of the
 DiT's grid one memory token stands for:
 
-    HR  latents (B, C, F, H, W) -> strided 3D convolutions, attention -> 1x1 projection to the DiT's width D
-    LR  codec.downsample(latents, rate)            -> the DiT's own patch embedding (a trained copy of it, see start_from)
+    HR  latents (B, C, F, H, W) -> strided 3D convolutions, attention -> projection to the DiT's width D; plus one linear
+        map of the block
+    LR  codec.downsample(latents, rate) -> a patch embedding of its own, begun from the DiT's (start_from)
 
 φ sees one segment at a time (segments are folded into the batch), so a new section costs one section:
-φ([H; X]) = [φ(H); φ(X)]. Letters as in model.py; M memory tokens; t, h, w the rate in time, rows and columns.
+φ([H; X]) = [φ(H); φ(X)]. Letters as in model.py, but t, h, w are the rate in time, rows and columns.
 
 What the paper compares it with goes through the same interface:
 
@@ -33,7 +34,7 @@ from model import (PRESETS, Attention, DiT, PatchEmbedding, UserError, add_lora,
 
 # these keep a few frames as they are and forget the rest: nothing to retrieve for stage 1
 FRAME_METHODS = ("sliding-window", "keyframes")
-# one token a block of the history; uncompressed are only the frames that wait for their segment to be whole
+# one token a block of the history; only the frames of an unfinished segment stay uncompressed
 BLOCK_METHODS = ("proposed", "only-lr", "without-lr", "large-patchifier")
 METHODS = (*BLOCK_METHODS, "token-merging", *FRAME_METHODS, "full", "none")
 
@@ -101,7 +102,7 @@ def match(x, count):
 
     A round: every second token, or mean of a group, looks for the most similar of the others; the closest pairs merge,
     at most a quarter of what is left. (Half, the most that a round could merge, forces tokens together that are not
-    alike: the latents of stories were 0.49 from their group's mean at 32 tokens a segment, not 0.17, in squares.)
+    alike.)
     """
     groups = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
     sums, n = x, x.shape[1]                                         # of each group: their cosines are those of its mean
@@ -155,16 +156,16 @@ class MemoryEncoder(nn.Module):
             self.large_patch = PatchEmbedding(p.dit.in_dim, p.dit.dim, self.block)
         if method in ("proposed", "only-lr"):
             self.lr_embedding = PatchEmbedding(p.dit.in_dim, p.dit.dim, p.dit.patch)
-        # for frames that are not compressed. φ's own copies of the DiT's patch embedding: φ means the same whatever DiT
-        # reads it later
+        # φ's own copy of the DiT's patch embedding, for frames kept as they are, full and token-merging: φ means the same
+        # whatever DiT reads it later
         self.patch_embedding = PatchEmbedding(p.dit.in_dim, p.dit.dim, p.dit.patch)
 
     @torch.no_grad()
     def start_from(self, dit, averages=slice(None)):
-        """Take over what φ begins with from the base DiT. The large patchifier begins as the base's patchify of the
-        latents averaged over boxes of the rate, as FramePack's do; and so does LR: the base would take the detail of a
-        small picture for detail of its own scale, so only `averages` has weights, the latent channels that mean the same
-        at every scale (see the codecs). The rest is learned."""
+        """Take over what φ begins with from the base DiT. The large patchifier begins as the base's patchify of
+        latents averaged over boxes of the rate, as FramePack's does. LR begins with the base's weights for the latent
+        channels `averages`, those that mean the same at every scale (see the codecs), and with zeros elsewhere: the base
+        would take the detail of a small picture for detail of its own scale."""
         self.patch_embedding.load_state_dict(dit.patch_embedding.state_dict())
         if self.method in ("proposed", "only-lr"):
             nn.init.zeros_(self.lr_embedding.weight)
@@ -184,9 +185,9 @@ class MemoryEncoder(nn.Module):
         return n_frames if n_frames < lone else lone + (n_frames - lone) // self.segment * self.segment
 
     def choose(self, n_frames, most=None):
-        """Which of n_frames uncompressed frames stay in memory, in order: all but for the methods that keep frames.
-        sliding-window keeps at most the `most` newest. What was chosen before may stand for the history before, so a
-        growing history needs no more than that."""
+        """Which of n_frames uncompressed frames stay in memory, in order: all, but of sliding-window the newest (at most
+        `most`), of keyframes the first and the newest. Choosing from what was chosen before and the frames since then
+        gives the same, so a growing history need keep no more."""
         frames = torch.arange(n_frames)
         if self.method == "sliding-window":
             return frames[-min(self.window, most or self.window):]
@@ -253,7 +254,7 @@ class MemoryEncoder(nn.Module):
 class MemoryDiT(nn.Module):
     """What is trained: the DiT and the memory that it reads.
 
-    empty: the DiT takes no memory yet (meta device), since weights will be loaded into it.
+    empty: the DiT is not allocated yet (meta device), since weights will be loaded into it.
     """
 
     def __init__(self, preset, method="proposed", rate="4x4x2", window=1, empty=False):
@@ -291,8 +292,8 @@ class MemoryDiT(nn.Module):
 class Memory:
     """φ(H) of a growing history: append() encodes what is new and never what was encoded before.
 
-    most: keep at most this many of the newest whole segments (None: all), and while it is young a causal codec's lone
-    first latent. codec gives the low-resolution history.
+    most: keep at most this many of the newest whole segments (None: all). A causal codec's lone first latent stays until
+    the first segment has to go. codec gives the low-resolution history.
     The two pictures of --method keyframes stay whatever `most` is: the first is the point of that method.
     """
 

@@ -1,8 +1,8 @@
 """Stage 1: pretrain the memory encoder φ by frame retrieval. And the one training loop that both stages use.
 
-The DiT must denoise randomly chosen frames of a 20 s history given only φ (paper, section 3.1, equation 1):
+The DiT must denoise randomly chosen frames of a 20 s history given φ of it (paper, section 3.1, equation 1):
 
-    ‖(ε - H_Ω) - G_θ((H_Ω)_t, t, c, φ)‖²        Ω: the chosen frames; c: a prompt, dropped in half of the samples
+    ‖(ε - H_Ω) - G_θ((H_Ω)_t, t, c, φ(H))‖²     Ω: the chosen frames; c: a prompt, dropped in half of the samples
 
     python pretrain.py                            one process, with a GPU or without
     torchrun --nproc_per_node=8 pretrain.py       the same global batch on eight
@@ -357,7 +357,8 @@ MOST_SKIPPED = 10       # steps in a row without a finite gradient, then a run i
 
 
 def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank, world, device):
-    """Train `model` on `clips`: draw(config, tools, clips, rows, step) says what to denoise. One loop, both stages."""
+    """Train `model` on `clips`: draw(config, tools, clips, rows, step) says what to denoise. One loop, both stages.
+    eval_config: the config that the figures on `held_out` are made with."""
     out = Path(config.out)
     ema = EMA(model, config.ema)
     optimizers = make_optimizers(model, config)

@@ -3093,11 +3093,11 @@ def test_processes_and_accumulation_give_equal_losses(cache, exact_adamw):
 
 @posix
 @pytest.mark.stress
-def test_equal_gradients_for_50_steps(cache, exact_adamw, capsys):
+def test_equal_gradients_for_50_steps(cache, exact_adamw, capsys, monkeypatch, tmp_path):
     for optimizer in "adamw", "muon":
-        Path(optimizer).mkdir()
-        with contextlib.chdir(optimizer):
-            found = gaps(cache, optimizer, 50, worlds=[2, 4], micro_batches=[1])
+        (tmp_path / optimizer).mkdir()
+        monkeypatch.chdir(tmp_path / optimizer)
+        found = gaps(cache, optimizer, 50, worlds=[2, 4], micro_batches=[1])
         with capsys.disabled():
             print(f"\nequal gradients, {optimizer}: differences of the loss at step 1, step 50, most: " + "; ".join(
                 f"{name} {a:.1e}, {b:.1e}, {c:.1e}" for name, (a, b, c) in found.items()))
