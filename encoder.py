@@ -4,8 +4,8 @@ And the DiT + φ that is trained.
 Two branches over the same blocks of the history, summed (paper, section 3.3). A rate HxWxT says how many tokens of the
 DiT's grid one memory token stands for:
 
-    HR  latents (B, C, F, H, W) -> strided 3D convolutions, attention -> projection to the DiT's width D; plus one linear
-        map of the block
+    HR  latents (B, C, F, H, W) -> strided 3D convolutions, attention -> projection to the DiT's width D; plus one
+        linear map of the block
     LR  codec.downsample(latents, rate) -> a patch embedding of its own, begun from the DiT's (start_from)
 
 φ sees one segment at a time (segments are folded into the batch), so a new section costs one section:
@@ -156,16 +156,16 @@ class MemoryEncoder(nn.Module):
             self.large_patch = PatchEmbedding(p.dit.in_dim, p.dit.dim, self.block)
         if method in ("proposed", "only-lr"):
             self.lr_embedding = PatchEmbedding(p.dit.in_dim, p.dit.dim, p.dit.patch)
-        # φ's own copy of the DiT's patch embedding, for frames kept as they are, full and token-merging: φ means the same
-        # whatever DiT reads it later
+        # φ's own copy of the DiT's patch embedding, for frames kept as they are, full and token-merging: φ means the
+        # same whatever DiT reads it later
         self.patch_embedding = PatchEmbedding(p.dit.in_dim, p.dit.dim, p.dit.patch)
 
     @torch.no_grad()
     def start_from(self, dit, averages=slice(None)):
         """Take over what φ begins with from the base DiT. The large patchifier begins as the base's patchify of
         latents averaged over boxes of the rate, as FramePack's does. LR begins with the base's weights for the latent
-        channels `averages`, those that mean the same at every scale (see the codecs), and with zeros elsewhere: the base
-        would take the detail of a small picture for detail of its own scale."""
+        channels `averages`, those that mean the same at every scale (see the codecs), and with zeros elsewhere: the
+        base would take the detail of a small picture for detail of its own scale."""
         self.patch_embedding.load_state_dict(dit.patch_embedding.state_dict())
         if self.method in ("proposed", "only-lr"):
             nn.init.zeros_(self.lr_embedding.weight)
@@ -292,8 +292,8 @@ class MemoryDiT(nn.Module):
 class Memory:
     """φ(H) of a growing history: append() encodes what is new and never what was encoded before.
 
-    most: keep at most this many of the newest whole segments (None: all). A causal codec's lone first latent stays until
-    the first segment has to go. codec gives the low-resolution history.
+    most: keep at most this many of the newest whole segments (None: all). A causal codec's lone first latent stays
+    until the first segment has to go. codec gives the low-resolution history.
     The two pictures of --method keyframes stay whatever `most` is: the first is the point of that method.
     """
 

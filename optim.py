@@ -22,7 +22,8 @@ def orthogonalize(g, steps=5):
 
 class Muon(torch.optim.Optimizer):
     """Momentum, then an orthogonal update, for weights that are matrices (convolutions: output x everything else). As
-    torch.optim.Muon without weight decay, but matrices of one shape share their products, and convolutions are taken too."""
+    torch.optim.Muon without weight decay, but matrices of one shape share their products, and convolutions are taken
+    too."""
 
     def __init__(self, params, lr, momentum=0.95):
         super().__init__(params, dict(lr=lr, momentum=momentum))

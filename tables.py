@@ -216,7 +216,8 @@ def describe_runs(everything, metric, title, unit):
 
 def write_csv(path, records):
     """A line a record, floats with six digits."""
-    records = [{key: float(f"{x:.6g}") if isinstance(x, float) else x for key, x in record.items()} for record in records]
+    rounded = lambda x: float(f"{x:.6g}") if isinstance(x, float) else x
+    records = [{key: rounded(x) for key, x in record.items()} for record in records]
     with whole_file(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, records[0])
         writer.writeheader()
