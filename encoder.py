@@ -185,9 +185,9 @@ class MemoryEncoder(nn.Module):
         return n_frames if n_frames < lone else lone + (n_frames - lone) // self.segment * self.segment
 
     def choose(self, n_frames, most=None):
-        """Which of n_frames uncompressed frames stay in memory, in order: all, but of sliding-window the newest (at most
-        `most`), of keyframes the first and the newest. Choosing from what was chosen before and the frames since then
-        gives the same, so a growing history need keep no more."""
+        """Which of n_frames uncompressed frames stay in memory, in order: all, but of sliding-window the newest (at
+        most `most`), of keyframes the first and the newest. Choosing from what was chosen before and the frames since
+        then gives the same, so a growing history need keep no more."""
         frames = torch.arange(n_frames)
         if self.method == "sliding-window":
             return frames[-min(self.window, most or self.window):]

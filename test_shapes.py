@@ -586,9 +586,9 @@ def test_large_patchifier_begins_as_the_patchify_of_averaged_latents(rate):
 def test_lr_begins_with_the_means_that_the_large_patchifier_begins_with():
     """Without detail in the latents the two are the same; detail changes neither LR nor the small picture's means."""
     codec, dit, large = DCTCodec(), MemoryDiT("tiny", "only-lr"), MemoryDiT("tiny", "large-patchifier")
-    for model in dit, large:
-        randomize(model.dit)
-        model.encoder.start_from(model.dit, codec.averages)
+    for m in dit, large:
+        randomize(m.dit)
+        m.encoder.start_from(m.dit, codec.averages)
     x = randn(2, 16, 8, 16, 32)
     detail = torch.ones(16, dtype=torch.bool)
     detail[list(codec.averages)] = False
