@@ -34,8 +34,8 @@ def draw_continuation(config, tools, clips, rows, step):
     """Stage 2: a history of one length a batch, all that the next section asks for seen in it; the target is that
     section. clips: the global batch; rows: those to return.
 
-    In nearly half of the batches histories do not end with a whole segment: their last frames wait uncompressed, and
-    (but for a causal codec) their segments straddle the cuts, as they do when one's own clip is continued.
+    In more than a third of the batches histories do not end with a whole segment: their last frames wait uncompressed,
+    and (but for a causal codec) their segments straddle the cuts, as they do when one's own clip is continued.
     """
     section, lone = tools.preset.section, int(tools.codec.causal)
     g = generator(config.seed, step)
