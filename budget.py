@@ -116,8 +116,10 @@ def block_bytes(c, tokens, lora):
 def training_memory(c, frozen, trained, tokens, gpus, encoder_bytes):
     """Bytes on each GPU: ({what: bytes} at any batch, {what: bytes} a sample). DDP has all weights on every GPU. Above
     a frozen base, activation checkpointing keeps only the stream between blocks."""
-    fixed = {"base DiT, frozen, bf16": 2 * frozen, "trained weights, float32": 4 * trained, "gradients": 4 * trained,
-             "AdamW, two moments": 8 * trained, "average of weights (EMA)": 4 * trained,
+    matrices = c.layers * (8 * c.dim**2 + 2 * c.dim * c.ffn_dim)        # of the blocks; see frozen_dtype()
+    fixed = {"base DiT, frozen: bf16, outside its blocks float32": frozen and 4 * frozen - 2 * matrices,
+             "trained weights, float32": 4 * trained, "their copies for autocast, bf16": 2 * trained,
+             "gradients": 4 * trained, "AdamW, two moments": 8 * trained, "average of weights (EMA)": 4 * trained,
              "DDP's gradient buckets": 4 * trained * (gpus > 1), "CUDA context (estimate)": CONTEXT * 2**30}
     block = block_bytes(c, tokens, lora=frozen > 0)
     sample = {"stream between blocks, float32": 4 * tokens * c.dim * c.layers * (frozen > 0),
@@ -142,7 +144,7 @@ class BudgetConfig:
     preset: str = "wan-14b"       # nano, small, wan-1.3b, wan-14b
     rate: str = "4x4x2"           # compression on the DiT's token grid, rows x columns x frames
     gpus: int = 8                 # GPUs to train on
-    memory_gb: float = 80.0       # memory of each, GiB
+    memory_gb: float = 79.0       # memory of each, GiB; a card of 80 GB has about so much
 
 
 def table(title, rows):
@@ -191,7 +193,7 @@ def print_flops(preset, encoder, rate, N, M, factor):
         ["", f"stage 1: {PretrainConfig.queries} query latents", f"stage 2: a section of {preset.section}"],
         ["noisy + memory tokens", *(f"{n:,} + {M:,}" for n in N)], ["DiT forward", *map(short, forward)],
         [f"φ forward, {preset.history} latents", *[short(phi)] * 2],
-        [f"training step, x {factor}", *(short(factor * (f + phi)) for f in forward)]])
+        [f"training step: DiT x {factor}, φ x 3", *(short(factor * f + 3 * phi) for f in forward)]])
     if factor == 4:
         print("  x 4: recomputed in the backward; an upper bound, as frozen weights need no gradients.")
     table(f"FLOPs of a generated section: {steps} steps x 2 for guidance", [
@@ -207,7 +209,8 @@ def print_memory(config, preset, encoder, frozen, trained, tokens):
     fixed, samples = plans[0][0], [sample for _, sample in plans]
     batch = [max(0, int((config.memory_gb * 2**30 - sum(fixed.values())) // sum(s.values()))) for s in samples]
     table(f"training memory of each of {config.gpus} GPUs, GiB", [
-        ["", "stage 1", "stage 2"], *([k, *gib([v] * 2)] for k, v in fixed.items() if v),
+        ["", "stage 1", "stage 2"], ["tokens of a sample, at most", *(f"{n:,}" for n in tokens)],
+        *([k, *gib([v] * 2)] for k, v in fixed.items() if v),
         ["= at any batch", *gib([sum(fixed.values())] * 2)],
         *([f"a sample: {k}", *gib(s[k] for s in samples)] for k, v in samples[0].items() if v),
         ["= a sample", *gib(sum(s.values()) for s in samples)],
@@ -237,7 +240,9 @@ def budget(argv):
     N = [n * frame_tokens(preset, preset.sizes[0]) for n in (PretrainConfig.queries, preset.section)]
     M = memory_tokens(preset, preset.sizes[0], config.rate, preset.history)
     print_flops(preset, model.encoder, config.rate, N, M, factor=4 if wan else 3)
-    print_memory(config, preset, model.encoder, frozen, trained, [n + M for n in N])
+    # in stage 2 up to a segment but one frame waits uncompressed
+    most = max(memory_tokens(preset, preset.sizes[0], config.rate, preset.history - k) for k in range(preset.section))
+    print_memory(config, preset, model.encoder, frozen, trained, [N[0] + M, N[1] + most])
     needs = sampling_memory(preset.dit, dit + phi, N[1] + M, wan)
     total = sum(needs.values())
     table("sampling memory, GiB: batch 1, LoRA merged, prompts encoded before", [

@@ -16,6 +16,7 @@ import re
 import sys
 from dataclasses import dataclass, fields, is_dataclass
 from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,8 @@ class DCTCodec:
     @property
     def settings(self):
         """What a cache of latents depends on."""
-        return ["dct", [round(x, 6) for x in self.scale.tolist()]]
+        rounded = [round(x, 5) for x in (self.basis * self.scale[:, None]).flatten().tolist()]
+        return ["dct", hashlib.sha256(repr(rounded).encode()).hexdigest()]
 
     def frames(self, n):
         """The most frames, of n, that are whole latents: any number."""
@@ -92,19 +94,20 @@ class DCTCodec:
 
     @functools.lru_cache
     def downsampling_kernel(self, rate):
-        """Decode, area mean in pixels over (t, h, w), encode, as one convolution (16, 16, t, h, w): what it does to
-        each latent of a block."""
+        """Decode, area mean in pixels over (t, h, w), encode, as one matrix (16, 16 * t * h * w): what it does to each
+        latent of a block."""
         t, h, w = rate
         impulses = torch.eye(16 * t * h * w).view(-1, 16, t, h, w)
         response = self.encode(F.avg_pool3d(self.decode(impulses), rate))       # (16 * t * h * w, 16, 1, 1, 1)
-        return response.view(16, t, h, w, 16).permute(4, 0, 1, 2, 3).contiguous()
+        return response.view(-1, 16).T.contiguous()
 
     def downsample(self, latents, rate):
         """The latents of the video made smaller by rate (t, h, w): (B, 16, F, h', w') -> (B, 16, F/t, ...), sizes
         padded up to whole tokens by replication."""
         with torch.autocast(latents.device.type, enabled=False):                # exact in float32
             latents = pad_replicate(latents.float(), (rate[0], 2 * rate[1], 2 * rate[2]))
-            return F.conv3d(latents, self.downsampling_kernel(rate).to(latents), stride=rate)
+            blocks = rearrange(latents, "b c (f t) (y h) (x w) -> b f y x (c t h w)", **dict(zip("thw", rate)))
+            return rearrange(F.linear(blocks, self.downsampling_kernel(rate).to(latents)), "b f y x c -> b c f y x")
 
 
 def make_codec(preset, vae="", device="cpu"):
@@ -163,13 +166,13 @@ class HashPrompts:
         return torch.from_numpy(rows)
 
 
-def make_prompts(preset, t5=""):
-    """The prompt embedder of a preset. t5: the local folder of umT5, for Wan's presets; without it, only the empty
-    prompt and those in a cache are known."""
+def make_prompts(preset, t5="", device="cpu"):
+    """The prompt embedder of a preset. t5: the local folder of umT5, for Wan's presets, which runs on `device`; without
+    it, only the empty prompt and those in a cache are known."""
     if preset.codec == "dct":
         return HashPrompts(preset.dit.text_dim, preset.dit.text_len)
     if t5:
-        return UMT5Prompts(t5, preset.dit.text_dim, preset.dit.text_len)
+        return UMT5Prompts(t5, preset.dit.text_dim, preset.dit.text_len, device)
     return ZeroPrompts(preset.dit.text_dim, preset.dit.text_len)
 
 
@@ -220,13 +223,14 @@ class Clip:
 
 
 class Clips:
-    """Clips in a fixed random order per epoch; every batch is of one size (height x width)."""
+    """Clips in a fixed random order per epoch. Every batch is of one size (height x width); and, since the shortest clip
+    of a batch decides how long its histories are, of clips of `full` latent frames or of shorter ones."""
 
-    def __init__(self, clips):
+    def __init__(self, clips, full=0):
         self.clips = clips
-        self.sizes = {}
+        self.buckets = {}
         for i, clip in enumerate(clips):
-            self.sizes.setdefault(clip.size, []).append(i)
+            self.buckets.setdefault((clip.size, clip.frames >= full), []).append(i)
 
     def __len__(self):
         return len(self.clips)
@@ -237,10 +241,15 @@ class Clips:
     @functools.lru_cache(maxsize=2)
     def epoch(self, number, size, seed):
         """The batches of an epoch, each a list of `size` clip numbers. What does not fill a batch waits for the next
-        epoch; a bucket smaller than a batch repeats its clips."""
+        epoch; a bucket smaller than a batch repeats its clips, or is left out if it is smaller than a quarter (if not all
+        are): else a few clips of a rare size would be seen much more often than all others."""
         rng = np.random.default_rng((seed, number))
         batches = []
-        for members in self.sizes.values():
+        large = [members for members in self.buckets.values() if 4 * len(members) >= size]
+        if large and len(large) < len(self.buckets):
+            warn(f"{len(self.clips) - sum(map(len, large))} clips of a rare size or length, fewer than a quarter of a batch "
+                 "of their kind, are left out")
+        for members in large or self.buckets.values():
             order = rng.permutation(members).tolist()
             order *= -(-size // len(order)) if len(order) < size else 1
             batches += [order[i:i + size] for i in range(0, len(order) - size + 1, size)]
@@ -306,9 +315,13 @@ def encode_video(path, preset, codec, cache):
     file = Path(cache) / "videos" / f"{key[:24]}.safetensors"
     if not file.exists():
         frames = read_video(path, preset.fps, *nearest_size(preset, video_info(path)))
+        latents = codec.encode(to_pixels(frames[:codec.frames(len(frames))])[None])[0]
         with whole_file(file) as part:
-            save_file({"latents": codec.encode(to_pixels(frames)[None])[0].half().contiguous()}, part)
+            save_file({"latents": latents.half().contiguous()}, part)
     return load_tensor(file)
+
+
+LONE_VIDEO = "one video alone is trained on and held out too: its figures say nothing of other videos"
 
 
 def report_skipped(skipped, total, folder):
@@ -320,15 +333,17 @@ def report_skipped(skipped, total, folder):
                         "the reasons are above")
 
 
-def split(videos, name):
-    """(videos to train on, held-out videos): one in ten, chosen by its name alone; of a single one, both."""
-    order = sorted(videos, key=lambda video: hashlib.sha256(name(video).encode()).digest())
-    return order[max(1, len(order) // 10):] or order, order[:max(1, len(order) // 10)]
+def split(videos):
+    """(names of videos to train on, of held-out ones): about one in ten is held out, each by its own name alone, so
+    that videos that are added change nothing for the others; at least one; of a single one, both."""
+    digest = lambda name: int(hashlib.sha256(name.encode()).hexdigest(), 16)
+    order = sorted(videos, key=digest)
+    held = [name for name in order if digest(name) % 10 == 0] or order[:1]
+    return [name for name in order if name not in held] or order, held
 
 
 def video_clips(folder, preset, codec, cache):
-    """(clips to train on, held-out clips) of a folder of videos. One in ten, chosen by file name, is held out. Files
-    that cannot be used are counted and listed, never replaced by another; above 20 % of them it stops."""
+    """(clips to train on, held-out clips) of a folder of videos, see split(). Files that cannot be used are counted and listed, never replaced by another; above 20 % of them it stops."""
     paths = find_videos(folder)
     clips, skipped = {}, []
     for path in tqdm(paths, desc="encoding videos"):
@@ -344,16 +359,18 @@ def video_clips(folder, preset, codec, cache):
         if prompts is None:
             warn(f"no caption beside {path} (.txt or .json): trained without a prompt")
         board = [(round(seconds * preset.fps / codec.stride[0]), prompt) for seconds, prompt in prompts or []]
-        clips[path] = Clip(latents, board)
+        clips[path.relative_to(folder).as_posix()] = Clip(latents, board)
     report_skipped(skipped, len(paths), folder)
-    train, held_out = split(clips, lambda path: path.name)
-    print(f"{len(train)} videos to train on, {len(held_out)} held out ({', '.join(p.name for p in held_out)}), "
-          f"{len(skipped)} skipped")
+    train, held_out = split(clips)
+    print(f"{len(train)} videos to train on, {len(held_out)} held out ({', '.join(held_out)}), {len(skipped)} skipped")
     if len(clips) < 2:
-        warn("one video alone is trained on and held out too: its figures say nothing of other videos")
-    for path in held_out:
-        clips[path].pixels = read_video(path, preset.fps, *nearest_size(preset, video_info(path)))
-    return Clips([clips[p] for p in train]), Clips([clips[p] for p in held_out])
+        warn(LONE_VIDEO)
+    for name in held_out:
+        path = Path(folder) / name
+        pixels = read_video(path, preset.fps, *nearest_size(preset, video_info(path)))
+        clips[name].pixels = pixels[:codec.frames(len(pixels)):codec.stride[0]]     # as codec.show() shows latents
+    full = preset.history + preset.section
+    return Clips([clips[name] for name in train], full), Clips([clips[name] for name in held_out], full)
 
 
 def psnr(a, b):
@@ -423,9 +440,15 @@ def cached_clips(folder, preset, codec, held_out):
             videos.setdefault(video, []).append(CachedClip(shard, i, frames, tuple(shape)))
     if not videos:
         raise UserError(f"--data {folder} holds no clip: give data.py cache longer videos")
-    train, held = ([clip for video in part for clip in videos[video]] for part in split(videos, str))
-    print(f"{len(train)} clips of {len(videos)} videos to train on, {len(held[:held_out])} held out")
-    return Clips(train), Clips(held[:held_out])
+    names, held_names = split(videos)
+    if len(videos) < 2:
+        warn(LONE_VIDEO)
+    train = [clip for name in names for clip in videos[name]]
+    # the first window of every held-out video, then the second: few clips are then of different videos
+    held = [clip for windows in zip_longest(*(videos[name] for name in held_names)) for clip in windows if clip is not None]
+    print(f"{len(train)} clips of {len(names)} videos to train on, {len(held[:held_out])} of {len(held_names)} held out")
+    full = preset.history + preset.section
+    return Clips(train, full), Clips(held[:held_out], full)
 
 
 def window_settings(preset, codec):
@@ -443,7 +466,7 @@ class CacheConfig:
     vae: str = ""                 # Wan: local folder of its VAE in the diffusers layout
     t5: str = ""                  # Wan: local folder of umT5 in the diffusers layout
     shard: int = 32               # videos a shard
-    device: str = "auto"          # auto, cpu, cuda, mps; where the VAE runs
+    device: str = "auto"          # auto, cpu, cuda, mps; where the VAE and umT5 run
 
 
 def read_captions(path):
@@ -463,28 +486,50 @@ def read_captions(path):
     return captions
 
 
+def find_captions(config, paths):
+    """What --captions says, {video: storyboard}, or None. Warns of captions that belong to no video of `paths`; refuses
+    them if that is so for all."""
+    if not config.captions:
+        return None
+    captions = read_captions(config.captions)
+    unknown = captions.keys() - {path.relative_to(config.videos).as_posix() for path in paths}
+    if unknown and len(unknown) == len(captions):
+        raise UserError(f"--captions {config.captions} names no video of {config.videos}: it has {min(unknown)}, where a "
+                        "path inside that folder is expected")
+    if unknown:
+        warn(f"{len(unknown)} captions belong to no video of {config.videos}, such as {min(unknown)}")
+    return captions
+
+
 def video_windows(path, preset, codec):
-    """Windows of a history and a section each, one after another, the last may be shorter: yields
-    (start in seconds, frames (F, H, W, 3) uint8), F being whole latents."""
+    """Windows of a history and a section each, one after another; the last one ends with the video and so may overlap
+    with the one before, or is shorter if it is the only one: yields (start in seconds, frames (F, H, W, 3) uint8), F
+    being whole latents."""
     in_frames = lambda latents: (latents - 1) * codec.stride[0] + 1 if codec.causal else latents * codec.stride[0]
     most = in_frames(preset.history + preset.section)
     least = in_frames(2 * preset.section + codec.causal)
-    info = video_info(path)
+    info, length = video_info(path), most / preset.fps
     size, start = nearest_size(preset, info), 0.0
     while start == 0 or start + (least - 1) / preset.fps < info["seconds"]:
-        frames = read_video(path, preset.fps, *size, start=start, seconds=most / preset.fps)
+        start = max(0.0, min(start, info["seconds"] - length))
+        try:
+            frames = read_video(path, preset.fps, *size, start=start, seconds=length)
+        except UserError:                                           # cut short: keep the windows before
+            if start == 0:
+                raise
+            return
         if len(frames) < least:
             if start == 0:
                 raise UserError(f"{path} is shorter than one segment and one section, {least / preset.fps:g} s")
             return
         yield start, frames[:codec.frames(len(frames))]
-        start += most / preset.fps
+        start += length
 
 
 def cache_video(path, storyboard, preset, codec, prompts):
     """[(latents (C, F, h, w) bfloat16, first latent of each prompt, prompt embeddings)] of a video's windows."""
     rate = preset.fps / codec.stride[0]                             # latents a second
-    windows, end = [], 0.0
+    windows, end, prompts = [], 0.0, functools.cache(prompts)       # most windows of a video share theirs
     for start, frames in video_windows(path, preset, codec):
         end = start + len(frames) / preset.fps
         latents = codec.encode(to_pixels(frames)[None])[0].bfloat16().contiguous()
@@ -515,7 +560,7 @@ def cache_shard(shard, videos, key, config, preset, codec, prompts, bar):
                 i = len(clips)
                 tensors.update({f"{i}.latents": latents, **{f"{i}.text.{k}": t for k, t in enumerate(texts)}})
                 starts.append(firsts)
-                clips.append((str(path.relative_to(config.videos)), *latents.shape[1:]))
+                clips.append((path.relative_to(config.videos).as_posix(), *latents.shape[1:]))
         except UserError as e:
             skipped.append(str(e))
     shard.with_suffix(".json").unlink(missing_ok=True)
@@ -535,27 +580,35 @@ def cache_videos(argv):
     preset, device = get_preset(config.preset), pick_device(config.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    codec, prompts = make_codec(preset, config.vae, device), make_prompts(preset, config.t5)
+    codec, prompts = make_codec(preset, config.vae, device), make_prompts(preset, config.t5, device)
     if not codec.decodes:
         raise UserError("--vae is needed: a local folder of Wan's VAE in the diffusers layout")
+    if config.shard < 1:
+        raise UserError(f"--shard {config.shard}: must be at least 1")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # the slowest is waited for
-    captions = read_captions(config.captions) if config.captions else None
     paths, out = find_videos(config.videos), Path(config.out)
+    captions = find_captions(config, paths)
+    if captions is None and any(path.with_suffix(s).is_file() for path in paths for s in (".txt", ".json")) or captions:
+        prompts("a prompt")                                         # no text encoder? Say so now, not after hours
+    (out / "manifest.json").unlink(missing_ok=True)                 # a cache is whole when it has one
+    if world_size > 1:
+        dist.barrier()
     settings = window_settings(preset, codec) | {"prompts": prompts.settings}
     shards = [paths[i:i + config.shard] for i in range(0, len(paths), config.shard)]
     mine = range(rank, len(shards), world_size)
     bar = tqdm(total=sum(len(shards[k]) for k in mine), desc="caching videos", disable=rank > 0)
     for k in mine:
-        videos, shard = {}, out / f"shard-{k:05}.safetensors"
+        videos, content, shard = {}, [], out / f"shard-{k:05}.safetensors"
         for path in shards[k]:
+            name = path.relative_to(config.videos).as_posix()
             try:
-                videos[path] = (captions.get(str(path.relative_to(config.videos))) if captions is not None
-                                else storyboard_beside(path)) or []
-            except UserError as e:
-                videos[path] = e
-        content = [(str(p.relative_to(config.videos)), file_hash(p), str(s)) for p, s in videos.items()]
+                videos[path] = (captions.get(name) if captions is not None else storyboard_beside(path)) or []
+                content.append((name, file_hash(path), str(videos[path])))
+            except (UserError, OSError) as e:
+                videos[path] = UserError(str(e))
+                content.append((name, str(e)))
         key = hashlib.sha256(repr((settings, content)).encode()).hexdigest()
         index = shard.with_suffix(".json")
         made = read_index(index, "key", "bytes") if index.is_file() and shard.is_file() else {}

@@ -161,7 +161,7 @@ class MemoryEncoder(nn.Module):
         self.patch_embedding = PatchEmbedding(p.dit.in_dim, p.dit.dim, p.dit.patch)
 
     @torch.no_grad()
-    def start_from(self, dit, averages=slice(None)):
+    def start_from(self, dit, averages):
         """Take over what φ begins with from the base DiT. The large patchifier begins as the base's patchify of
         latents averaged over boxes of the rate, as FramePack's does. LR begins with the base's weights for the latent
         channels `averages`, those that mean the same at every scale (see the codecs), and with zeros elsewhere: the

@@ -28,13 +28,14 @@ from tqdm import tqdm
 import budget
 import consistency
 import judge
-from data import (HISTORY_SECTIONS, Clip, Clips, make_codec, nearest_size, psnr, run_command, run_main, to_frames,
-                  to_pixels, video_clips)
+from data import (HISTORY_SECTIONS, Clip, Clips, make_codec, make_prompts, nearest_size, psnr, run_command, run_main,
+                  to_frames, to_pixels, video_clips)
+from encoder import MemoryEncoder
 from finetune import ask
 from model import UserError, autocast, euler, get_preset, pick_device
-from pretrain import PretrainConfig, collate, downsample, draw_retrieval, generator, preview
-from tables import (EvalConfig, Row, compare, describe_runs, expected_pairs, first_seeds, interval, label,
-                    open_checkpoint, parse, parse_runs, plot, read_runs, stories, write_table)
+from pretrain import PretrainConfig, Tools, collate, downsample, draw_retrieval, generator, preview
+from tables import (EvalConfig, Row, compare, describe_machine, describe_runs, expected_pairs, first_seeds, interval,
+                    measured, open_checkpoint, parse, parse_runs, plot, question, read_runs, stories, write_table)
 from video import contact_strip, read_video, video_info
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,7 +162,7 @@ class ContinuationConfig(PictureConfig):
 
 @dataclass
 class Table1Config(PictureConfig):
-    clips: int = 256              # held-out stories
+    clips: int = 256              # held-out stories; of a folder, all held-out videos
     queries: int = 4              # frames retrieved of each
     data: str = "world"           # "world" (the paper-doll world) or a folder of videos: its held-out part
     out: str = "assets"           # folder for table1.md, .csv, .png, ...; with --data FOLDER, table1_video.md, ...
@@ -171,10 +172,12 @@ def own_clip(config, tools):
     """The video --history as a dataset of one clip, with its original pixels."""
     preset, codec = tools.preset, tools.codec
     frames = read_video(config.history, preset.fps, *nearest_size(preset, video_info(config.history)))
-    if len(frames) < preset.section * codec.stride[0]:
-        raise UserError(f"{config.history} has {len(frames)} frames at {preset.fps} fps; "
-                        f"at least {preset.section * codec.stride[0]} are needed: give a longer clip")
-    return Clips([Clip(codec.encode(to_pixels(frames)[None])[0], [], frames)])
+    frames = frames[:codec.frames(len(frames))]
+    least = preset.section * codec.stride[0] + codec.causal
+    if len(frames) < least:
+        raise UserError(f"{config.history} has {len(frames)} frames at {preset.fps} fps; at least {least} are needed: "
+                        "give a longer clip")
+    return Clips([Clip(codec.encode(to_pixels(frames)[None])[0], [], frames[::codec.stride[0]])])       # as codec.show()
 
 
 @torch.no_grad()
@@ -182,8 +185,8 @@ def reconstruct(model, tools, draw, n_clips, config, controls=True):
     """Denoise the targets of draw(rows) with several memories. Returns {name: frames uint8 (n, F', H, W, 3)}: truth;
     codec, its ceiling; one_step, from pure noise at once; model, the full sampler; and, as controls, the same with
     no_memory, and with wrong_memory, that of the next clip (if there is one). And age (n, F'), how many latent frames
-    before the newest of the history each belongs."""
-    device = next(model.parameters()).device
+    before the newest of the history each belongs. model: None for truth, codec and age alone."""
+    device = next(model.parameters()).device if model else pick_device(config.device)
     results = {}
     for first in tqdm(range(0, n_clips, config.batch), desc="evaluating"):
         rows = range(first, min(first + config.batch, n_clips))
@@ -192,15 +195,16 @@ def reconstruct(model, tools, draw, n_clips, config, controls=True):
         with autocast(device):
             def sample(memory, steps=config.steps):
                 return euler(model.dit, batch.noise, batch.text, batch.frames, memory, steps, config.shift).float()
-            memory = model.encode(batch.hr, batch.lr)
-            made.update(one_step=sample(memory, 1), model=sample(memory))
+            if model:
+                memory = model.encode(batch.hr, batch.lr)
+                made.update(one_step=sample(memory, 1), model=sample(memory))
             if controls:
                 made["no_memory"] = sample(None)
             if controls and n_clips > 1:
                 other = draw([(row + 1) % n_clips for row in rows]).to(device)
                 made["wrong_memory"] = sample(model.encode(other.hr, other.lr))
         for name, x in made.items():
-            x = x if name in ("truth", "age") else to_frames(tools.codec.decode(x))
+            x = x if name in ("truth", "age") else to_frames(tools.codec.show(batch.hr, x, batch.frames))
             results.setdefault(name, []).append(x.cpu())
     return {name: torch.cat(x) for name, x in results.items()}
 
@@ -260,8 +264,9 @@ EXPECTED = ([(method, "4x4x2") for method in ("proposed", "without-lr", "only-lr
 
 
 def retrieve(model, tools, clips, config, lpips):
-    """Retrieve the query frames of all clips, without prompts. Returns ({codec, one_step, model: {metric: (n, F)}}, age
-    (n, F) of each frame in latent frames, {truth, codec, model: frames of the first clips})."""
+    """Retrieve the query frames of all clips, without prompts. Returns ({one_step, model: {metric: (n, F)}}, age (n, F)
+    of each frame in latent frames, {truth, codec, model: frames of the first clips}); with model None, codec in place
+    of one_step and model."""
     settings = PretrainConfig(mask="none", text_drop=1.0, queries=config.queries, seed=config.seed)
     values, ages, pictures = {}, [], None
     groups = {}                                 # a batch is of one size and one length of history
@@ -273,7 +278,8 @@ def retrieve(model, tools, clips, config, lpips):
         ages.append(made.pop("age"))
         pictures = pictures or {name: frames[:2] for name, frames in made.items()}
         truth = made.pop("truth")
-        for name, frames in made.items():
+        for name in ("one_step", "model") if model else ("codec",):
+            frames = made[name]
             for metric, x in measure(frames, truth, lpips).items():
                 values.setdefault(name, {}).setdefault(metric, []).append(x)
     values = {name: {metric: torch.cat(x) for metric, x in parts.items()} for name, parts in values.items()}
@@ -371,25 +377,35 @@ def draw_ages(path, rows, ages, section, seconds):
 def table1(argv):
     """RUN...: retrieve the same frames with finished runs of pretrain.py; a table, paired differences, pictures."""
     folders, config = parse_runs(Table1Config, table1, argv)
-    runs, lpips = read_runs(folders, "table1", "pretrain"), open_lpips(config)
-    preset = get_preset(next(iter(runs.values()))["preset"])
+    stem = Path(config.out) / ("table1" if config.data == "world" else "table1_video")
+    runs, lpips = read_runs(folders, "table1", "pretrain", stem.name), open_lpips(config)
+    if (Path(config.data) / "manifest.json").is_file():
+        raise UserError(f"--data {config.data} is a cache of latents: give the folder of the videos themselves")
+    name = next(iter(runs.values()))["preset"]
+    preset = get_preset(name)
     codec = make_codec(preset, config.vae, pick_device(config.device))
+    if not codec.decodes:
+        raise UserError("--vae is needed: a local folder of Wan's VAE in the diffusers layout")
     if config.data == "world":
         clips = stories(config, preset, codec)
     else:
         clips = video_clips(config.data, preset, codec, config.cache)[1]
-    everything = []
-    for folder, trained in runs.items():
-        print(f"{folder}: {trained['method']} {trained['rate']}, seed {trained['seed']}")
+    def measure_run(folder):
+        print(f"measuring {folder}")
         model, tools, _ = open_checkpoint(Path(folder) / "model.safetensors", config, "pretrain")
-        values, ages, pictures = retrieve(model, tools, clips, config, lpips)
-        figures = values["model"] | {"psnr_one_step": values["one_step"]["psnr"]}
-        everything.append(Row(*label(trained), figures, pictures["model"],
-                              costs(model, tools, clips[0].latents.shape[2:]), folder, trained))
-    rows = [Row("codec", "", values["codec"], pictures["codec"], {}),
+        values, _, pictures = retrieve(model, tools, clips, config, lpips)
+        return (values["model"] | {"psnr_one_step": values["one_step"]["psnr"]}, pictures["model"],
+                costs(model, tools, clips[0].latents.shape[2:]))
+    asked = question(config, codec, clips, "steps", "shift", "seed", "queries", lpips=bool(lpips))
+    machine = describe_machine(pick_device(config.device))
+    everything = [measured(folder, trained, stem.name, asked, machine, lambda: measure_run(folder))
+                  for folder, trained in runs.items()]
+    # the encoder is there for its segments alone: the codec's figures are those of what it puts into them
+    tools = Tools(preset, codec, make_prompts(preset), MemoryEncoder("full", "1x1x1", name))
+    ceiling, ages, pictures = retrieve(None, tools, clips, config, lpips)
+    rows = [Row("codec", "", ceiling["codec"], pictures["codec"], {}),
             *sorted(first_seeds(everything), key=lambda row: row.psnr.mean(), reverse=True)]
 
-    stem = Path(config.out) / ("table1" if config.data == "world" else "table1_video")
     write_table(stem, describe(rows, everything, config, len(clips)), rows, everything, record,
                 ("psnr", "psnr_low", "psnr_high", "ssim", "lpips", "psnr_one_step"))
     seconds = codec.stride[0] / preset.fps                          # a latent frame

@@ -96,14 +96,20 @@ def main():
     config = parse_flags(FinetuneConfig, __doc__)
     if config.freeze_encoder and config.method == "none":
         raise UserError("--freeze_encoder --method none: there is no memory encoder to freeze; drop one of the two")
-    encoder = encoder_file(config)
-    model, *rest = setup(config)
+    if config.freeze_encoder and config.encoder == "none":
+        raise UserError("--freeze_encoder --encoder none: a fresh φ that is never trained tells nothing; drop one of the two")
+    resumed = config.resume and (Path(config.out) / "state.pt").is_file()       # then φ comes from there
+    encoder = None if resumed else encoder_file(config)
+    model, *rest, rank, world, device = setup(config)
     if encoder:
         ours = lambda name: name.removeprefix("encoder.") if name.startswith("encoder.") else None
         load_weights(model.encoder, [encoder], ours, device=next(model.parameters()).device)
+        if rank == 0:
+            trained = read_metadata(encoder)                        # it may have stopped early: say so
+            print(f"φ: {encoder}, step {trained.get('step')} of {trained.get('steps')}")
     if config.freeze_encoder:
         model.encoder.requires_grad_(False)
-    train(config, "finetune", draw_continuation, replace(config, text_drop=0.0), model, *rest)
+    train(config, "finetune", draw_continuation, replace(config, text_drop=0.0), model, *rest, rank, world, device)
 
 
 if __name__ == "__main__":

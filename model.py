@@ -242,7 +242,8 @@ class Head(nn.Module):
     def forward(self, x, e):
         """x (B, N, D), e (B, D) timestep embedding -> (B, N, patch * C)."""
         shift, scale = (self.modulation.float() + e[:, None]).chunk(2, dim=1)   # (B, 1, D) each
-        return self.head(F.layer_norm(x, (self.dim,), eps=self.eps) * (1 + scale) + shift)
+        with torch.autocast(x.device.type, enabled=False):                      # in float32, as Wan's
+            return self.head(F.layer_norm(x, (self.dim,), eps=self.eps) * (1 + scale) + shift)
 
 
 class DiT(nn.Module):
@@ -334,17 +335,18 @@ class LoRALinear(nn.Linear):
     def __init__(self, base, rank):
         super().__init__(base.in_features, base.out_features, device="meta")
         self.weight, self.bias = base.weight, base.bias
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=base.bias.device))
+        # drawn on the CPU: the same for every device, so on every process
+        self.lora_A = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(rank, base.in_features), a=5**0.5)
+                                   .to(base.bias.device))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=base.bias.device))
-        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
 
     def forward(self, x):
         return super().forward(x) + F.linear(F.linear(x, self.lora_A), self.lora_B)
 
     def merged(self):
-        """A plain linear layer that computes the same."""
+        """A plain linear layer that computes the same, up to the rounding of a base in bf16."""
         linear = nn.Linear(self.in_features, self.out_features, device="meta")
-        linear.weight = nn.Parameter(self.weight + (self.lora_B @ self.lora_A).to(self.weight))
+        linear.weight = nn.Parameter((self.weight.float() + self.lora_B @ self.lora_A).to(self.weight.dtype))
         linear.bias = self.bias
         return linear
 
@@ -425,9 +427,12 @@ def pick_device(name):
 
 
 def product_dtype(device):
-    """What matrix products are computed in: bf16 on GPUs and on CPUs that have instructions for it (AVX-512 BF16, AMX).
-    Other CPUs emulate it, about ten times slower than float32."""
-    fast = torch.cpu._is_avx512_bf16_supported() if device.type == "cpu" else device.type == "cuda"
+    """What matrix products are computed in: bf16 on GPUs (Ampere and newer) and CPUs (AVX-512 BF16, AMX) that have
+    instructions for it. Others emulate it; a CPU is then about ten times slower than in float32."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -485,6 +490,8 @@ def weight_files(path):
         if missing:
             raise UserError(f"{index} lists {', '.join(missing)}, not found in {path}: download the missing file")
         return files
+    if (path / "model.safetensors").is_file():                       # a run; its LoRA and measurements may lie beside
+        return [path / "model.safetensors"]
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
         raise UserError(f"{path} holds {len(files)} .safetensors files and no index: name the one to load")

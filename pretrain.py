@@ -13,7 +13,9 @@ import json
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -24,8 +26,8 @@ from tqdm import tqdm
 
 from data import make_codec, make_prompts, open_dataset, parse_flags, psnr, run_main, to_frames
 from encoder import BLOCK_METHODS, FRAME_METHODS, METHODS, MemoryDiT, parse_rate
-from model import (Preset, UserError, add_lora, add_noise, autocast, euler, get_preset, load_base, pick_device,
-                   sample_t)
+from model import (Preset, UserError, add_lora, add_noise, autocast, euler, flow_loss, get_preset, load_base,
+                   pick_device, sample_t)
 from optim import EMA, learning_rate, make_optimizers
 from video import contact_strip, remove_leftovers, whole_file
 from wan import comfy_name
@@ -56,7 +58,7 @@ class Config:
     ema: float = 0.995            # decay of the weight average that is saved and sampled from
     seed: int = 0                 # of weights, data order and noise
     clips: int = 3072             # stories of the paper-doll world to train on
-    held_out: int = 16            # clips for the figures in the log
+    held_out: int = 16            # at most so many clips for the figures in the log; of a folder of videos, one in ten
     sample_steps: int = 10        # Euler steps of the sampler in the log
     sample_shift: float = 3.0     # and its timestep shift
     save_every: int = 250         # steps between checkpoints, figures and previews
@@ -169,7 +171,7 @@ def start_processes(config):
     device = pick_device(config.device)
     if "RANK" not in os.environ:
         return 0, 1, device
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -242,16 +244,16 @@ def evaluate(config, tools, draw, model, clips, rows, device):
     of the sampler with the memory of the next clip, which must be clearly worse if the memory is read at all.
     And (truth, result) frames, or None."""
     batch = draw(config, tools, clips, rows, 0).to(device)
-    other = draw(config, tools, clips, [(row + 1) % len(clips) for row in rows], 0).to(device)
     with autocast(device):
-        sums = {f"loss_t{t}": model(batch.hr, batch.lr, batch.target, batch.frames, batch.noise,
-                                    torch.full_like(batch.t, t), batch.text).sum() for t in LOSS_TIMES}
-        memory, wrong = model.encode(batch.hr, batch.lr), model.encode(other.hr, other.lr)
-        made = {name: euler(model.dit, batch.noise, batch.text, batch.frames, m, steps, config.sample_shift).float()
-                for name, m, steps in (("one_step", memory, 1), ("", memory, config.sample_steps),
-                                       ("wrong_memory", wrong, config.sample_steps))}
-    if model.encoder is None or len(clips) < 2:                                 # no memory, or no other one
-        del made["wrong_memory"]
+        def sample(memory, steps=config.sample_steps):
+            return euler(model.dit, batch.noise, batch.text, batch.frames, memory, steps, config.sample_shift).float()
+        memory = model.encode(batch.hr, batch.lr)
+        sums = {f"loss_t{t}": flow_loss(model.dit, batch.target, batch.noise, torch.full_like(batch.t, t), batch.text,
+                                        batch.frames, memory).sum() for t in LOSS_TIMES}
+        made = {"one_step": sample(memory, 1), "": sample(memory)}
+        if model.encoder and len(clips) > 1:
+            other = draw(config, tools, clips, [(row + 1) % len(clips) for row in rows], 0).to(device)
+            made["wrong_memory"] = sample(model.encode(other.hr, other.lr))
     if not tools.codec.decodes:
         sums |= {"_".join(["latent_mse", name][:1 + bool(name)]): (x - batch.target).square().flatten(1).mean(1).sum()
                  for name, x in made.items()}
@@ -267,7 +269,7 @@ def evaluate_all(config, tools, draw, model, clips, rank, world, device):
     """Means of the figures over all held-out clips, which the processes share;
     and pictures of this process's first ones."""
     totals, counts, pictures = {}, {}, None
-    for members in clips.sizes.values():                            # a batch is of one size
+    for members in clips.buckets.values():                            # a batch is of one size
         rows = range(rank, len(members), world)
         if rows:
             sums, made = evaluate(config, tools, draw, model, [clips[i] for i in members], rows, device)
@@ -290,6 +292,14 @@ def preview(path, truth, result, n_clips=4):
         difference = (a.int() - b.int()).abs().clamp(max=255).to(torch.uint8)
         rows += [("original", a), ("model", b), ("difference", difference)]
     contact_strip(rows, path)
+
+
+def look(config, tools, draw, model, held_out, step, rank, world, device):
+    """{name: figure} of the held-out clips, and a preview of the first ones."""
+    figures, pictures = evaluate_all(config, tools, draw, model, held_out, rank, world, device)
+    if rank == 0 and pictures:
+        preview(Path(config.out) / f"preview_{step + 1:06d}.png", *pictures)
+    return {name: round(value, 4) for name, value in figures.items()}
 
 
 def describe(config, model, tools, world):
@@ -320,30 +330,46 @@ def start_log(out, first):
         path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first))
 
 
-def accumulate_gradients(config, tools, draw, ddp, clips, step, rank, world, device):
-    """Gradients of the mean loss over the global batch `clips`, whatever the number of processes and micro-batches.
-    Returns the sum of this process's losses."""
+def draws(config, tools, draw, clips, first, rank, world):
+    """Yield this process's micro-batches from step `first` on, each with whether it is the last of its step. A thread
+    draws the next one while one is computed."""
     mine = range(rank, config.batch, world)                         # rows of the global batch that are this process's
     micros = [mine[i:i + config.micro_batch] for i in range(0, len(mine), config.micro_batch)]
-    total = torch.zeros((), device=device)
-    for rows in micros:
-        batch = draw(config, tools, clips, rows, step).to(device)
-        synchronise = world == 1 or rows is micros[-1]
-        with autocast(device), contextlib.nullcontext() if synchronise else ddp.no_sync():
-            loss = ddp(batch.hr, batch.lr, batch.target, batch.frames, batch.noise, batch.t, batch.text).sum()
+
+    def make(step, rows):
+        batch = [clips[i] for i in clips.batch(step, config.batch, config.seed)]
+        return draw(config, tools, batch, rows, step), rows is micros[-1]
+    tasks = ((step, rows) for step in range(first, config.steps) for rows in micros)
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(make, *next(tasks))
+        for task in tasks:
+            ready, coming = coming, pool.submit(make, *task)
+            yield ready.result()
+        yield coming.result()
+
+
+def accumulate_gradients(config, ddp, batches, world, device):
+    """Gradients of the mean loss over the global batch, whatever the number of processes and micro-batches: the next
+    ones of `batches`, see draws(). Returns the sum of this process's losses."""
+    total, last = torch.zeros((), device=device), False
+    while not last:
+        batch, last = next(batches)
+        batch = batch.to(device)
+        with contextlib.nullcontext() if world == 1 or last else ddp.no_sync():
+            with autocast(device):
+                loss = ddp(batch.hr, batch.lr, batch.target, batch.frames, batch.noise, batch.t, batch.text).sum()
             (loss * world / config.batch).backward()                # DDP averages over processes: undo it
         total += loss.detach()
     return total
 
 
-def take_step(config, tools, draw, ddp, optimizers, ema, clips, step, rank, world, device):
-    """One step on clips of the data set, skipped where the gradient is not finite (the same on every process: gradients
-    are shared). Returns (the sum of this process's losses, the norm of the gradient)."""
+def take_step(config, ddp, optimizers, ema, batches, step, world, device):
+    """One step, skipped where the gradient is not finite (the same on every process: gradients are shared). Returns (the
+    sum of this process's losses, the norm of the gradient)."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, config)
-    batch = [clips[i] for i in clips.batch(step, config.batch, config.seed)]
-    total = accumulate_gradients(config, tools, draw, ddp, batch, step, rank, world, device)
+    total = accumulate_gradients(config, ddp, batches, world, device)
     norm = torch.nn.utils.clip_grad_norm_(ema.params, config.clip_grad)
     if norm.isfinite():
         for optimizer in optimizers:
@@ -351,6 +377,19 @@ def take_step(config, tools, draw, ddp, optimizers, ema, clips, step, rank, worl
         ema.update(step)
     ddp.zero_grad(set_to_none=True)
     return total, norm
+
+
+def wrap(config, model, world, device):
+    """The model as it is called: its blocks compiled if asked for, and DDP around it with several processes."""
+    if config.compile:
+        for block in model.dit.blocks:
+            block.compile()                                         # in place: parameter names stay as they are
+    if world == 1:
+        return model
+    # without uncompressed frames in a batch φ's patch embedding is not used; and every process made the same weights
+    # from the seed and the files: no need to send a frozen base around
+    return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None,
+                                   find_unused_parameters=config.method in BLOCK_METHODS, init_sync=not config.lora)
 
 
 MOST_SKIPPED = 10       # steps in a row without a finite gradient, then a run is given up
@@ -365,14 +404,7 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
     if not config.resume and (out / "state.pt").exists():
         raise UserError(f"--out {out} holds a run already: go on with --resume, or give another folder")
     first = resume(config, stage, model, ema, optimizers) if config.resume else 0
-    if config.compile:
-        for block in model.dit.blocks:
-            block.compile()                                         # in place: parameter names stay as they are
-    devices = [device.index] if device.type == "cuda" else None
-    unused = config.method in BLOCK_METHODS                         # a batch may have no uncompressed frames
-    # every process made the same weights from the seed and the files: no need to send a frozen base around
-    ddp = DistributedDataParallel(model, devices, find_unused_parameters=unused,
-                                  init_sync=not config.lora) if world > 1 else model
+    ddp = wrap(config, model, world, device)
     if rank == 0:
         start_log(out, first)
         describe(config, model, tools, world)
@@ -382,9 +414,9 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
 
     skipped = 0                                                     # steps in a row without a finite gradient
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc=stage, disable=rank > 0)
-    started = time.time()
+    started, batches = time.time(), draws(config, tools, draw, clips, first, rank, world)
     for step in bar:
-        total, norm = take_step(config, tools, draw, ddp, optimizers, ema, clips, step, rank, world, device)
+        total, norm = take_step(config, ddp, optimizers, ema, batches, step, world, device)
         skipped = 0 if norm.isfinite() else skipped + 1
         if skipped and rank == 0:
             tqdm.write(f"step {step + 1}: the gradient is not finite, the step is skipped")
@@ -402,10 +434,7 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
         if due:
             record["minutes"] = round((time.time() - started) / 60, 2)
             with ema.swapped():
-                figures, pictures = evaluate_all(eval_config, tools, draw, model, held_out, rank, world, device)
-            record.update({k: round(v, 4) for k, v in figures.items()})
-            if rank == 0 and pictures:
-                preview(out / f"preview_{step + 1:06d}.png", *pictures)
+                record |= look(eval_config, tools, draw, model, held_out, step, rank, world, device)
             if rank == 0:
                 tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in record.items()))
         if rank == 0:
@@ -419,6 +448,8 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
         if stop:
             if rank == 0:
                 tqdm.write(f"stopped by a signal after step {step + 1}, saved in {out}; go on with --resume")
+            if world > 1:
+                dist.barrier()                                      # torchrun stops all once one has left
             raise SystemExit(128 + stop)
     if rank == 0:
         print(f"{stage} done: weights {out / 'model.safetensors'}, figures {out / 'log.jsonl'}, "
@@ -451,12 +482,13 @@ def make_model(config, preset, codec, device):
     model = MemoryDiT(config.preset, config.method, config.rate, config.window, empty=config.init != "random")
     if config.init != "random":
         load_base(model.dit, config.init, device, frozen=bool(config.lora))
+    model.to(device)                                                # φ too, before it takes weights over from the DiT
     if model.encoder:
         model.encoder.start_from(model.dit, codec.averages)
     if config.lora:
         add_lora(model.dit, config.lora)
     model.dit.recompute = preset.recompute
-    return model.to(device)
+    return model
 
 
 def setup(config):
@@ -466,7 +498,11 @@ def setup(config):
     codec, prompts = make_codec(preset, config.vae, device), make_prompts(preset)
     if config.batch < world:
         raise UserError(f"--batch {config.batch}: must be at least the number of processes, {world}")
+    if rank:                                                        # the first one fills the cache
+        dist.barrier()
     clips, held_out = open_dataset(config, codec)
+    if world > 1 and rank == 0:
+        dist.barrier()
     model = make_model(config, preset, codec, device)
     return model, clips, held_out, Tools(preset, codec, prompts, model.encoder), rank, world, device
 

@@ -39,7 +39,7 @@ class SampleConfig:
     memory_seconds: float = 20.0  # how much history is kept in memory; 0: all
     device: str = "auto"          # auto, cpu, cuda, mps
     init: str = ""                # Wan: the base DiT under the checkpoint's LoRA; "random": random weights of --preset
-    merge: bool = False           # add the LoRA to the base's weights first: the same result, fewer products
+    merge: bool = False           # add the LoRA to the base's weights first: fewer products, rounded with the base
     vae: str = ""                 # Wan: local folder of its VAE in the diffusers layout ("random": to measure)
     t5: str = ""                  # Wan: local folder of umT5 in the diffusers layout
     preset: str = "nano"          # of --init random, which needs no checkpoint: to measure speed and memory

@@ -129,19 +129,23 @@ def candidates(field, truth):
             *others(alike, cloth=LEAST["cloth_hard"]))
 
 
-def score_section(frames, story, k):
+def score_section(frames, story, k, since=0):
     """{score: (R,)} of R pictures of section k, frames (R, F, H, W, 3) uint8: 100 if right, 0 if not; position_error,
-    pixels; psnr, dB. A score of what the section does not show is left out."""
+    pixels; psnr, dB. A score of what the section does not show is left out, and so is one of what sections since..k-1
+    never showed whole: nothing that is still remembered tells how it looks."""
     shot, n, found, x = story.shots[k], frames.shape[1], {}, frames.permute(0, 1, 4, 2, 3) / 255
     for field, parts in dict(character=("cloth", "face"), thing=("object",), scene=("scene",)).items():
         index, entities = getattr(shot, field), getattr(story, f"{field}s")
-        if index is None:
+        if index is None or index not in [getattr(s, field) for s in story.shots[since:k] if s.framing == 0]:
             continue
         whole = candidates(field, entities[index])
         if field == "scene":
             whole += entities[:index] + entities[index + 1:]
         drawn, masks = draw(parade(story, shot, field, whole), None, n, frames.shape[2:4])
         drawn = drawn.unflatten(0, (len(whole), n))                             # (K, F, 3, H, W)
+        # heads differ in outline, by their hair: look wherever any of the 16 has one, or larger hair than the true one
+        # would cost nothing
+        masks["face"] = masks["face"].unflatten(0, (len(whole), n))[:1 + OTHERS].any(0)
         regions = {part: erode(masks[part][:n]) for part in parts}
         far = {part: distances(x, drawn, region) for part, region in regions.items() if region.any()}
         for score, (part, among) in SCORES.items():
@@ -149,16 +153,18 @@ def score_section(frames, story, k):
                 found[score] = 100.0 * (far[part][:, among[0]] < far[part][:, among[1:]].amin(1))
         if field == "character":
             found["position_error"] = position_error(x, drawn[0], ~(masks["object"] | masks["scene"])[:n])
-    return found | {"psnr": psnr(255 * x, 255 * drawn[0]).mean(1)}
+    if world.askable(story, k, since):                              # else there is no one right continuation
+        found["psnr"] = psnr(255 * x, 255 * draw(story, [k], n, frames.shape[2:4])[0]).mean(1)
+    return found
 
 
 def score(made, stories, first):
     """{score: (R, n, S)}, nan where it does not count, of what R models made of the n stories' sections from number
-    `first` on: uint8 (R, n, S, F, H, W, 3)."""
+    `first` on: uint8 (R, n, S, F, H, W, 3). Each was written from the `first` sections before it."""
     R, n, S = made.shape[:3]
     scores = {name: torch.full((R, n, S), math.nan) for name in (*SCORES, "position_error", "psnr")}
     for i, story in enumerate(tqdm(stories, desc="scoring")):
         for k in range(S):
-            for name, values in score_section(made[:, i, k], story, first + k).items():
+            for name, values in score_section(made[:, i, k], story, first + k, k).items():
                 scores[name][:, i, k] = values
     return scores

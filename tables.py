@@ -1,7 +1,9 @@
 """What the tables of eval.py share: finished runs side by side, intervals, paired differences, files and plots."""
 import csv
+import hashlib
 import json
 import math
+import platform
 import statistics
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,15 +12,21 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
 
-from data import make_codec, make_prompts, parse_flags, world_clips
+from data import make_codec, make_prompts, parse_flags, warn, world_clips
 from encoder import FRAME_METHODS, load_model
-from model import PRESETS, UserError, pick_device, read_metadata
+from model import (PRESETS, UserError, open_safetensors, parse_json, pick_device, product_dtype, read_metadata,
+                   weight_files)
 from pretrain import Tools
-from video import whole_file
+from video import file_hash, whole_file
 
 # what all rows share; they differ in method, rate and seed, and each may have the learning rate that suits it
-SAME = ("preset", "init", "data", "clips", "steps", "batch", "mask", "queries", "text_drop", "t_mean", "t_std")
+SAME = ("preset", "init", "data", "clips", "steps", "batch", "mask", "queries", "text_drop", "t_mean", "t_std", "lora",
+        "optimizer", "warmup", "clip_grad", "ema", "held_out", "sample_steps", "sample_shift")
+# what a measurement depends on besides the weights: changed, a run is measured again
+SOURCES = [f"{name}.py" for name in ("model", "encoder", "data", "world", "wan", "video", "pretrain", "eval", "consistency",
+                                     "scores", "budget")]
 
 
 @dataclass
@@ -41,6 +49,8 @@ def parse(cls, command, argv):
     for key in ("clips", "steps", "batch", "queries", "sections"):
         if getattr(config, key, 1) < 1:
             raise UserError(f"--{key} {getattr(config, key)}: must be at least 1")
+    if not 0 < config.shift < math.inf:
+        raise UserError(f"--shift {config.shift}: must be above 0")
     return config
 
 
@@ -82,20 +92,21 @@ def label(config):
     return method, rates.get(config["method"], config["rate"])
 
 
-def read_runs(folders, command, stage):
-    """{folder: training config} of finished runs of a stage that may stand in one table. Raises UserError naming the
-    first difference."""
+def read_runs(folders, command, stage, kept):
+    """{folder: training config} of finished runs of a stage that may stand in one table; `kept` is what measured()
+    keeps in them. Raises UserError naming the first difference."""
     if not folders:
         raise UserError(f"eval.py {command} needs finished runs of {stage}.py: give their folders, before the flags")
     runs = {}
     for folder in folders:
-        config = read_metadata(Path(folder) / "model.safetensors")
+        weights, measurement = (Path(folder) / f"{name}.safetensors" for name in ("model", kept))
+        config = read_metadata(weights if weights.exists() or not measurement.exists() else measurement)
         if config["stage"] != stage:
             raise UserError(f"{folder} is of stage {config['stage']}: give runs of {stage}.py")
         if config["step"] < config["steps"]:
             raise UserError(f"{folder} stopped at step {config['step']} of {config['steps']}: "
                             f"finish it with {stage}.py --resume")
-        if not (Path(folder) / "log.jsonl").is_file():
+        if weights.exists() and not (Path(folder) / "log.jsonl").is_file():
             raise UserError(f"{folder} has no log.jsonl: give the whole run folder, its curve is drawn")
         for other, theirs in runs.items():
             for key in SAME:
@@ -119,6 +130,8 @@ class Row:
     costs: dict                   # {column: figure}
     folder: str = ""              # the run
     trained: dict = None          # its config
+    curve: list = None            # [[step, PSNR]] of its log
+    machine: str = ""             # what it was measured on
 
     @property
     def name(self):
@@ -132,6 +145,58 @@ class Row:
     def each(self, metric):
         """A value a clip, (n,): see per_clip()."""
         return per_clip(self.values[metric])
+
+
+def question(config, codec, clips, *keys, **more):
+    """All that a measurement depends on besides the run and the code, as JSON: these keys of the config and `more`; the
+    codec, a LoRA's base, and what the clips show (stories by what was drawn: pixels may differ in a last bit between
+    machines)."""
+    digest = hashlib.sha256()
+    for clip in clips:
+        digest.update(repr((clip.storyboard, clip.story)).encode() if clip.story else clip.pixels.numpy().tobytes())
+    base = [file_hash(file) for file in weight_files(config.init)] if config.init else None
+    asked = {key: getattr(config, key) for key in keys} | more
+    asked |= {"clips": len(clips), "content of the clips": digest.hexdigest(), "codec": codec.settings, "base": base}
+    return json.loads(json.dumps(asked))
+
+
+def describe_machine(device):
+    """What costs are measured on: the device, threads, and what products are computed in."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} {device.type}"
+    return f"{name}, {torch.get_num_threads()} threads, {str(product_dtype(device)).removeprefix('torch.')}"
+
+
+def measured(folder, trained, name, asked, machine, measure):
+    """The Row of a run: measure() gives (values, pictures, costs), and these are kept in FOLDER/NAME.safetensors. Where
+    that file has the answer to what is `asked` (see question()), of the same weights and code, it is read instead. So a
+    table that was stopped goes on, and a folder that holds this file alone, no weights, is a row too: whoever has a new
+    method need not train all others again. Raises UserError if that row was asked something else."""
+    folder = Path(folder)
+    file, weights, key = folder / f"{name}.safetensors", folder / "model.safetensors", {"asked": asked}
+    if weights.exists():
+        code = hashlib.sha256(b"".join(Path(__file__).with_name(source).read_bytes() for source in SOURCES))
+        key |= {"weights": file_hash(weights), "code": code.hexdigest()}
+    if file.exists():
+        with open_safetensors(file) as f:
+            known = parse_json((f.metadata() or {}).get("measured"), file, "delete it, then it is made again",
+                               "asked", "costs", "curve", "machine")
+        if all(known.get(part) == value for part, value in key.items()):
+            tensors = load_file(file)
+            return Row(*label(trained), tensors, tensors.pop("pictures"), known["costs"], str(folder), trained,
+                       known["curve"], known["machine"])
+        if not weights.exists():
+            other = {k: known["asked"].get(k) for k, v in asked.items() if known["asked"].get(k) != v}
+            raise UserError(f"{file} was measured with {other}: ask for the same, or give the run with its weights")
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    curve = [[entry["step"], entry["psnr"]] for entry in log if "psnr" in entry]
+    values, pictures, costs = measure()
+    measurement = json.dumps(key | {"costs": costs, "curve": curve, "machine": machine})
+    try:
+        with whole_file(file) as part:
+            save_file(values | {"pictures": pictures}, part, {"config": json.dumps(trained), "measured": measurement})
+    except OSError as e:                                            # a run of someone else's, say
+        warn(f"{e}: this measurement is not kept")
+    return Row(*label(trained), values, pictures, costs, str(folder), trained, curve, machine)
 
 
 def first_seeds(everything):
@@ -176,6 +241,15 @@ def bootstrap(difference, resamples=10_000):
     return difference.mean().item(), low, high
 
 
+def flip_test(difference, flips=10_000):
+    """How often a random choice of signs brings the mean of paired differences (n,) as far from zero as it is: a
+    two-sided p-value that holds for few clips, and for scores that rarely differ, too."""
+    difference = difference.double()
+    signs = torch.randint(2, (flips, len(difference)), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    as_far = (signs @ difference).abs() >= difference.sum().abs() - 1e-9
+    return (as_far.sum().item() + 1) / (flips + 1)
+
+
 def expected_pairs(rows, chains):
     """[(row, row)] of what is expected to be above what: each chain of (method, rate) is in order, best first."""
     found = {(row.method, row.rate): row for row in rows}
@@ -186,14 +260,16 @@ def compare(title, pairs, metric, paper):
     """Lines of Markdown: paired differences of rows, if there are any. paper: {(method, rate): the paper's figure}."""
     if not pairs:
         return []
-    lines = ["", f"{title}, with its 95 % interval (bootstrap over clips, 10,000 resamples).", "",
-             "| A above B | difference | interval | holds | paper's difference |", "|---|---|---|---|---|"]
+    lines = ["", f"{title}, with its 95 % interval (bootstrap over clips, 10,000 resamples); decided if p < 0.05 (random "
+             "signs of the clips' differences, two-sided).", "",
+             "| A above B | difference | interval | p | holds | paper's difference |", "|---|---|---|---|---|---|"]
     for a, b in pairs:
-        mean, low, high = bootstrap(a.each(metric) - b.each(metric))
+        difference = a.each(metric) - b.each(metric)
+        (mean, low, high), p = bootstrap(difference), flip_test(difference)
         theirs = [paper.get((row.method, row.rate), math.nan) for row in (a, b)]
         gap = "–" if math.isnan(sum(theirs)) else f"{theirs[0] - theirs[1]:+.2f}"
-        holds = "yes" if low > 0 else "no" if high < 0 else "undecided"
-        lines.append(f"| {a.name} above {b.name} | {mean:+.2f} | {low:+.2f} to {high:+.2f} | {holds} | {gap} |")
+        holds = "undecided" if p >= 0.05 else "yes" if mean > 0 else "no"
+        lines.append(f"| {a.name} above {b.name} | {mean:+.2f} | {low:+.2f} to {high:+.2f} | {p:.2g} | {holds} | {gap} |")
     return lines
 
 
@@ -203,11 +279,11 @@ def compare(title, pairs, metric, paper):
 
 def describe_runs(everything, metric, title, unit):
     """Lines of Markdown: where each row comes from, and the spread over seeds."""
-    lines = ["", f"| row | checkpoint | step | seed | learning rate | {title} |", "|---|---|---|---|---|---|"]
+    lines = ["", f"| row | run | step | seed | learning rate | {title} | measured on |", "|---|---|---|---|---|---|---|"]
     for row in everything:
         t = row.trained
         lines.append(f"| {row.name} | {row.folder} | {t['step']} | {t['seed']} | {t['lr']:g} | "
-                     f"{interval(row.each(metric))[0]:.2f} |")
+                     f"{interval(row.each(metric))[0]:.2f} | {row.machine} |")
     spreads = [f"{name} {statistics.stdev(x):.2f} ({len(x)} seeds)" for name, x in by_seed(everything, metric).items()
                if len(x) > 1]
     return [*lines, "", f"Standard deviation of {title} over training seeds, {unit}: "
@@ -263,9 +339,7 @@ def draw_curves(path, rows, everything):
     with plot(path, "step", what) as (axes,):
         for i, row in enumerate(row for row in rows if row.trained):
             for one in (one for one in everything if one.name == row.name):
-                log = [json.loads(line) for line in (Path(one.folder) / "log.jsonl").read_text().splitlines()]
-                points = [(entry["step"], entry["psnr"]) for entry in log if "psnr" in entry]
-                axes.plot(*zip(*points), color=f"C{i}", marker=".", linewidth=1.6 if one is row else 0.6,
+                axes.plot(*zip(*one.curve), color=f"C{i}", marker=".", linewidth=1.6 if one is row else 0.6,
                           label=row.name if one is row else None)
 
 

@@ -574,7 +574,7 @@ def test_encoder_gradient_reaches_every_weight_and_every_segment(method):
 def test_large_patchifier_begins_as_the_patchify_of_averaged_latents(rate):
     dit = MemoryDiT("tiny", "large-patchifier", rate)
     randomize(dit.dit)
-    dit.encoder.start_from(dit.dit)
+    dit.encoder.start_from(dit.dit, slice(None))
     x = randn(2, 16, 8, 16, 32)
     expected = dit.dit.patch_embedding(F.avg_pool3d(x, dit.encoder.rate))
     assert expected.std() > 0.01 and (dit.encode(x, x)[0] - expected).abs().max() < 1e-5
@@ -671,7 +671,7 @@ def test_encoder_methods_differ_only_in_their_branches():
     lr = codec.downsample(x, dit.encoder.rate)
     proposed, only_lr, without_lr = (MemoryEncoder(m, "4x4x2", "tiny") for m in ("proposed", "only-lr", "without-lr"))
     for phi in proposed, only_lr, without_lr:
-        phi.start_from(dit.dit)
+        phi.start_from(dit.dit, slice(None))
     assert torch.equal(proposed(x, lr)[0], only_lr(x, lr)[0])       # HR starts at zero where LR carries the signal
     assert torch.equal(only_lr(x, lr)[0], dit.dit.patch_embedding(lr))
     nan = torch.full_like(lr, math.nan)
@@ -759,6 +759,11 @@ def test_clips_cover_every_clip_once_an_epoch():
     epoch = [clips.batch(step, 3, seed=0) for step in range(6)]
     assert all(len(batch) == 3 and len({sizes[i] for i in batch}) == 1 for batch in epoch)
     assert sorted(i for batch in epoch for i in batch) == [*range(15), 15, 15, 15]      # a small bucket repeats clips
+    fives = [clips.batch(step, 5, seed=0) for step in range(4)]     # one of a kind, less than a quarter of five
+    assert 15 not in {i for batch in fives for i in batch} and [*map(len, fives)] == [5] * 4
+    assert set(Clips(clips.clips[15:]).batch(0, 5, seed=0)) == {0}  # but if there is nothing else, it is repeated
+    mixed = Clips([Clip(torch.zeros(16, frames, 8, 8), []) for frames in (9, 4, 8, 7, 9, 5)], full=8)
+    assert {frozenset(mixed.batch(step, 3, seed=0)) for step in range(2)} == {frozenset({0, 2, 4}), frozenset({1, 3, 5})}
     again = Clips(clips.clips)
     assert [again.batch(step, 3, seed=0) for step in reversed(range(12))][::-1][:6] == epoch
     assert epoch != [clips.batch(step, 3, seed=0) for step in range(6, 12)]
@@ -1379,7 +1384,32 @@ def test_two_processes_train_as_one(cache, tmp_path):
     assert a.keys() == b.keys()
 
 
-def test_stage_2_takes_or_keeps_the_encoder(cache, stage1, monkeypatch):
+@pytest.mark.parametrize("lora", (0, 4))
+@pytest.mark.parametrize("method", encoder.METHODS)
+@pytest.mark.parametrize("preset", ("tiny", "tiny-wan"))
+def test_everything_stays_on_the_device(preset, method, lora, monkeypatch):
+    """The base is loaded onto the device, φ is made on the CPU: what follows mixes no two devices. The meta device
+    stands for a GPU: it refuses tensors of the CPU as that does."""
+    monkeypatch.setattr(pretrain, "load_base", lambda dit, path, device, frozen: dit.to(device))
+    monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())
+    p, meta = PRESETS[preset], torch.device("meta")
+    codec = data.make_codec(p)
+    dit = pretrain.make_model(pretrain.PretrainConfig(preset, method=method, lora=lora), p, codec, meta)
+    random = lambda *shape: torch.randn(*shape, device=meta)                    # noqa: E731
+    n = 2 * p.section + codec.causal
+    hr, target, times = random(2, 16, n + 1, 8, 8), random(2, 16, 4, 8, 8), random(2, 4)
+    lr = codec.downsample(hr[:, :, :n], (2, 4, 4))
+    loss = dit(hr, lr, target, times, random(2, 16, 4, 8, 8), random(2), random(2, 24, p.dit.text_dim))
+    loss.sum().backward()
+    assert loss.device == meta and all(q.device == meta for q in dit.parameters())
+    memory = Memory(dit, codec, most=2)
+    memory.append(hr[:1])
+    memory.append(hr[:1])
+    text = random(1, 24, p.dit.text_dim)
+    assert euler(dit.dit, target[:1], text, times[:1], memory.context(), 2, 3.0, 2.0).device == meta
+
+
+def test_stage_2_takes_or_keeps_the_encoder(cache, stage1, monkeypatch, capsys):
     # without a device the weights would end up on the CPU, the DiT being elsewhere
     monkeypatch.setattr(finetune, "load_weights", lambda *a, device, **k: load_weights(*a, device=device, **k))
     for name, more in ("trained", {}), ("frozen", {"freeze_encoder": True}), ("fresh", {"encoder": "none"}):
@@ -1387,6 +1417,7 @@ def test_stage_2_takes_or_keeps_the_encoder(cache, stage1, monkeypatch):
     theirs = {k: v for k, v in load_file(stage1 / "model.safetensors").items() if k.startswith("encoder.")}
     trained, frozen, fresh = (load_file(f"{name}/model.safetensors") for name in ("trained", "frozen", "fresh"))
     assert theirs and all(torch.equal(frozen[k], v) for k, v in theirs.items())
+    assert capsys.readouterr().out.count(f"φ: {stage1}/model.safetensors, step ") == 2          # not of the fresh one
     gap = lambda a: sum((a[k] - v).square().sum() for k, v in theirs.items())
     assert 0 < gap(trained) < 0.5 * gap(fresh)                      # it starts from φ of stage 1 and moves on
     assert any(not torch.equal(frozen[k], v) for k, v in trained.items() if k.startswith("dit."))
@@ -1581,9 +1612,9 @@ def test_cache_goes_on_and_is_never_stale(tmp_path, capsys, monkeypatch):
     assert "7 clips of 6 videos in 2 shards" in said.out and said.err.count("skipped: ") == 1
     train, held_out = data.cached_clips(shards, TINY, codec, 16)
     clips = [*train.clips, *held_out.clips]
-    assert sorted(clip.frames for clip in clips) == [12, 13, 14, 16, 17, 44, 44]
+    assert sorted(clip.frames for clip in clips) == [13, 14, 16, 17, 44, 44, 44]
     for clip in clips:
-        i = 3 if clip.frames in (12, 44) else clip.frames - 12      # 100 frames: windows of 40 + 4, and 12
+        i = 3 if clip.frames == 44 else clip.frames - 12            # 100 frames: windows of 40 + 4, the last from 56 on
         pixels = read_video(folder / f"{i}.mp4", 2, 32, 32)
         text = clip.text(5, HashPrompts(16, 24))
         assert text.shape == (1, 24, 16) and torch.allclose(text[0], HashPrompts(16, 24)(f"more {i}"), atol=0.02)
@@ -1666,6 +1697,12 @@ def test_wan_recipe_on_two_processes(tmp_path, vae, t5):
         videos.append(read_video("out/0.mp4", 2, 32, 32))
     assert len(videos[0]) == 60 + 16                                # a section is 4 latents of 4 frames
     assert (videos[0].int() - videos[1]).abs().max() <= 2
+    given = ("--init", "base.safetensors", "--vae", vae, "--device", "cpu", "--steps", 1, "--queries", 2)
+    run(evaluation.main, "retrieval", "--checkpoint", "runs/pretrain/model.safetensors", "--history", "videos/1.mp4", *given)
+    assert Image.open("out/retrieval.png").width > 2 * 32
+    run(evaluation.main, "table1", "runs/pretrain", "--data", "videos", *given)
+    ceiling, row = read_csv("assets/table1_video.csv")
+    assert 3 < float(row["psnr"]) < 100 and 3 < float(ceiling["psnr"]) < 100
     bad = dict(stage2)
     bad["dit.blocks.7.self_attn.q.lora_A"] = bad.pop("dit.blocks.0.self_attn.q.lora_A")
     save_file(bad, "bad.safetensors", {"config": model.open_safetensors("runs/finetune/model.safetensors").metadata()[
@@ -1929,6 +1966,14 @@ def test_bootstrap_is_paired_and_covers_the_mean():
     assert [math.isnan(x) for x in tables.bootstrap(torch.ones(1))] == [False, True, True]
 
 
+def test_flip_test_known_values():
+    assert tables.flip_test(torch.zeros(20)) == 1 and tables.flip_test(torch.ones(40)) == pytest.approx(1e-4, rel=0.01)
+    three = torch.tensor([100.0, 100, 100, *[0] * 120])             # three decisions more: nothing, whatever resampling says
+    assert tables.flip_test(three) == pytest.approx(0.25, abs=0.02) and tables.flip_test(torch.ones(2)) > 0.4
+    noise = randn(400, 30, seed=3)
+    assert 0.02 < np.mean([tables.flip_test(x, 500) < 0.05 for x in noise]) < 0.09       # wrong as often as it says
+
+
 def table_row(method, rate, psnr, **trained):
     return evaluation.Row(method, rate, {"psnr": psnr[:, None]}, None, {}, trained=trained)
 
@@ -1940,7 +1985,7 @@ def test_table1_compares_neighbours_and_the_papers_order():
             table_row("proposed", "4x4x2", clip + 1), table_row("only-lr", "4x4x2", clip + 1 + randn(64, seed=2))]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]]
              for line in evaluation.differences(rows) if "above" in line]
-    found = {line[0]: line[3:] for line in lines if line[0] != "A above B"}
+    found = {line[0]: line[4:] for line in lines if line[0] != "A above B"}
     assert len(lines) - 2 == 3 + 3
     assert found["full above large-patchifier 4x4x2"] == ["yes", "–"]
     assert found["proposed 4x4x2 above only-lr 4x4x2"] == ["undecided", "+2.20"]
@@ -2004,6 +2049,69 @@ def test_table1(runs, cache, capsys):
     assert text in said and str(runs / "full-0") in text and "2 held-out clips x 4 frames" in text and "n/a" not in text
     for name in "table1.png", "table1_curves.png", "table1_age.png":
         assert np.array(Image.open(f"assets/{name}").convert("RGB")).std() > 5
+
+
+def test_held_out_videos_stay_held_out():
+    names = [f"{i}.mp4" for i in range(200)]
+    train, held = data.split(names)
+    assert 8 < len(held) < 35 and sorted(train + held) == sorted(names)
+    assert set(data.split(names + ["more.mp4", "a/0.mp4"])[1]) - {"more.mp4", "a/0.mp4"} == set(held)
+    assert data.split(["0.mp4"]) == (["0.mp4"], ["0.mp4"]) and len(data.split(train[:3])[1]) == 1
+
+
+def test_few_held_out_clips_are_of_different_videos(tmp_path):
+    for name in "123456":
+        write_video(tmp_path / "videos" / f"{name}.mp4", 100)
+    shards = cached(tmp_path / "videos")
+    names = data.split([f"{name}.mp4" for name in "123456"])[1]
+    manifest = json.loads((shards / "manifest.json").read_text())
+    held = data.cached_clips(shards, TINY, DCTCodec(), len(names))[1]
+    index = [json.loads(p.read_text())["clips"] for p in sorted(shards.glob("shard-*.json"))]
+    assert len(manifest["bytes"]) == len(index) and len(held) == len(names)
+    assert [index[int(c.shard.stem.split("-")[1])][c.number][0] for c in held.clips] == names
+
+
+def test_captions_that_belong_to_no_video(tmp_path, refused, capsys):
+    for i in range(2):
+        write_video(tmp_path / "videos" / f"{i}.mp4", 12, i)
+    captions = tmp_path / "list.jsonl"
+    line = lambda name: json.dumps({"video": name, "caption": "waves"}) + "\n"                  # noqa: E731
+    captions.write_text(line(str(tmp_path / "videos" / "0.mp4")))
+    with pytest.raises(UserError, match="names no video"):
+        cached(tmp_path / "videos", "--captions", captions)
+    captions.write_text(line("0.mp4") + line("7.mp4"))
+    cached(tmp_path / "videos", "--captions", captions)
+    assert "1 captions belong to no video" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("table", ("table1", "table2"))
+def test_a_measured_row_needs_no_weights(table, runs, stage2, cache, refused):
+    """The file that a table keeps in a run's folder stands for the run, with the same figures, and only for what was
+    asked; other weights are measured anew."""
+    mine, given = (runs / "full-0", runs / "proposed-0") if table == "table1" else (stage2 / "f", stage2 / "a")
+    asked = "--clips", 2, "--steps", 1, "--cache", cache
+    run(evaluation.main, table, mine, given, *asked, "--out", "first")
+    kept = f"{table}.safetensors"
+    Path("row").mkdir()
+    shutil.copy(given / kept, "row")
+    run(evaluation.main, table, mine, "row", *asked, "--out", "second")
+    for ending in ".csv", "_seeds.csv":
+        assert Path(f"second/{table}{ending}").read_text() == Path(f"first/{table}{ending}").read_text()
+    for ending in ".png", "_curves.png":
+        assert Path(f"second/{table}{ending}").read_bytes() == Path(f"first/{table}{ending}").read_bytes()
+    assert "'steps': 1" in refused(evaluation.main, table, "row", *asked[:2], "--steps", 2, "--cache", cache)
+    assert "seed 0" in refused(evaluation.main, table, given, "row", *asked)
+    assert "'seed': 0" in refused(evaluation.main, table, "row", *asked, "--seed", 1)
+
+    Path("other").mkdir()                                           # the measurement of one run, the weights of another
+    shutil.copy(given / kept, "other")
+    for name in "model.safetensors", "log.jsonl":
+        shutil.copy(mine / name, "other")
+    run(evaluation.main, table, "other", *asked, "--out", "third")
+    assert read_csv(f"third/{table}.csv")[-1]["psnr"] in [
+        row["psnr"] for row in read_csv(f"first/{table}.csv") if row["method"] in ("full", "none")]
+    Path("row", kept).write_bytes(b"cut short")
+    assert kept in refused(evaluation.main, table, "row", *asked)
 
 
 def test_table1_of_videos(runs, tmp_path):
@@ -2143,6 +2251,14 @@ def test_sections_that_show_nothing_do_not_count():
     assert all(found[name].isnan().all() for name in ("cloth", "cloth_hard", "identity", "position_error"))
     assert found["scene"].item() == 100
 
+    story = W.make_story(W.world_seed("held-out", 3), 13)           # what has left the memory is not asked for
+    shot = W.Shot(0, 0, None, 0, (1, 1), (1, 1))
+    empty, near = dataclasses.replace(shot, character=None), dataclasses.replace(shot, framing=1)
+    for before, counts in ([shot, *[empty] * 9], True), ([shot, *[empty] * 10], False), ([empty] * 9 + [near], False):
+        story, k = dataclasses.replace(story, shots=(*before, shot)), len(before)
+        found = scores.score_section(true_sections([story], k, 1)[0], story, k, k - 10)
+        assert [name in found for name in ("cloth", "identity", "psnr")] == [counts] * 3 and found["scene"] == 100
+
 
 def test_rank_correlation_known_values():
     assert consistency.ranks([3, 1, 3, 0]).tolist() == [3.5, 2, 3.5, 1]
@@ -2251,7 +2367,7 @@ def test_story_command(stage2, cache, capsys):
         (method, f"{2.0 * k}") for method in ("none", "proposed") for k in range(8)]
     assert all(float(r["cloth"]) in (0, 100) and float(r["identity"]) in (0, 100) for r in rows)
     assert "14 s absent" in capsys.readouterr().out
-    with pytest.MonkeyPatch.context() as m:                         # what was written once is kept
+    with pytest.MonkeyPatch.context() as m:                         # what was measured once is kept
         m.delattr(consistency, "continue_stories")
         run(evaluation.main, "story", stage2 / "a", "--clips", 1, "--steps", 1, "--cache", cache)
         with pytest.raises(NameError):
@@ -2374,10 +2490,14 @@ def test_budget_batches_fill_the_memory(capsys):
         run(evaluation.main, "budget", "--preset", "wan-14b", "--gpus", gpus, "--memory_gb", memory)
         said = capsys.readouterr().out
         return next(line.split("GiB")[1].split() for line in said.splitlines() if "largest batch" in line)
-    fixed, sample = budget.training_memory(PRESETS["wan-14b"].dit, 1000, 100, 7, 2, 50)
-    assert sum(fixed.values()) == 2 * 1000 + (4 + 4 + 8 + 4 + 4) * 100 + budget.CONTEXT * 2**30
+    with torch.device("meta"):
+        weights = dict(DiT(PRESETS["wan-14b"].dit).named_parameters())
+    frozen = sum(p.numel() for p in weights.values())
+    held = sum(p.numel() * (2 if name.startswith("blocks.") and p.ndim == 2 else 4) for name, p in weights.items())
+    fixed, sample = budget.training_memory(PRESETS["wan-14b"].dit, frozen, 100, 7, 2, 50)
+    assert sum(fixed.values()) == held + (4 + 2 + 4 + 8 + 4 + 4) * 100 + budget.CONTEXT * 2**30
     assert sample["stream between blocks, float32"] == 40 * 7 * 5120 * 4 and sample["φ, float32"] == 50
-    assert batches(2, 80) == ["3", "1"] and batches(2, 30)[:3] == ["does", "not", "fit"]
+    assert batches(2, 79) == ["2", "1"] and batches(2, 30)[:3] == ["does", "not", "fit"]
 
 
 def test_alternate_takes_turns():
@@ -2989,11 +3109,11 @@ def test_killed_runs_of_two_processes_go_on(cache, capsys):
 def stop_at(step, number):
     """A prepare() that sends this process a signal in this step, by itself."""
     def prepare(rank):
-        def draw(config, tools, clips, rows, now, real=draw_retrieval):
+        def take_step(config, ddp, optimizers, ema, batches, now, *rest, real=pretrain.take_step):
             if now == step and rank == 0:
                 os.kill(os.getpid(), number)
-            return real(config, tools, clips, rows, now)
-        pretrain.draw_retrieval = draw
+            return real(config, ddp, optimizers, ema, batches, now, *rest)
+        pretrain.take_step = take_step
     return prepare
 
 
@@ -3114,19 +3234,20 @@ def test_processes_share_every_batch(world, monkeypatch):
         seen = []
 
         def draw(config, tools, some, rows, step):
-            seen.extend(some[row] for row in rows)
+            seen.extend(id(some[row]) for row in rows)
             return SimpleNamespace(to=lambda device: SimpleNamespace(
                 **dict.fromkeys("hr lr target frames noise t text".split())))
 
         class Model:
             no_sync = contextlib.nullcontext
             __call__ = lambda self, *a: torch.zeros(1, requires_grad=True)                  # noqa: E731
-        config = pretrain.PretrainConfig(batch=batch, micro_batch=micro)
         per_epoch = 29 // batch
-        for step in range(per_epoch):
-            for rank in range(world):
-                pretrain.accumulate_gradients(config, None, draw, Model(), clips.batch(step, batch, 0), step, rank,
-                                              world, torch.device("cpu"))
+        config = pretrain.PretrainConfig(batch=batch, micro_batch=micro, steps=per_epoch)
+        for rank in range(world):
+            batches = pretrain.draws(config, None, draw, clips, 0, rank, world)
+            for step in range(per_epoch):
+                pretrain.accumulate_gradients(config, Model(), batches, world, torch.device("cpu"))
+            assert next(batches, None) is None
         assert sorted(seen) == sorted(set(seen)) and len(seen) == per_epoch * batch
 
 

@@ -42,7 +42,7 @@ class WanCodec:
     averages = slice(None)          # a small video is averaged latents here, see downsample()
 
     def __init__(self, folder=None, device="cpu"):
-        self.vae, self.device = None, device
+        self.vae, self.folder, self.device = None, None, device
         if folder:
             try:
                 from diffusers import AutoencoderKLWan
@@ -67,7 +67,7 @@ class WanCodec:
     @property
     def settings(self):
         """What a cache of latents depends on."""
-        return ["wan", fingerprint(self.folder)] if self.vae else ["wan", None]
+        return ["wan", fingerprint(self.folder) if self.folder else None]
 
     def need_vae(self):
         if self.vae is None:
@@ -128,7 +128,12 @@ class WanCodec:
             video = h.new_zeros(h.shape[0], max(h.shape[1], int(at.max()) + 1), *h.shape[2:])
             video[:, :h.shape[1]] = h
             video[:, at] = x.to(video)
-            shown.append(self.decode(video[None, :, :int(at.max()) + 1])[0][:, 4 * at])
+            decode, kept = self.decoder(), {}
+            for k in range(int(at.max()) + 1):                      # of 20 s only the frames that are shown are kept
+                pixels = decode(video[None, :, k:k + 1])[0]         # (3, 1 or 4, H, W)
+                if k in at:
+                    kept[k] = pixels[:, -1]
+            shown.append(torch.stack([kept[k] for k in at.tolist()], dim=1))
         return torch.stack(shown)
 
     def downsample(self, latents, rate):
@@ -140,19 +145,20 @@ class WanCodec:
 
 
 class UMT5Prompts:
-    """Prompt embeddings of umT5-xxl, (512, 4096), zero after the prompt's last token. 10.6 GiB in bf16, on the CPU."""
+    """Prompt embeddings of umT5-xxl, (512, 4096), zero after the prompt's last token. 10.6 GiB in bf16, on `device`."""
 
-    def __init__(self, folder, dim=4096, length=512):
+    def __init__(self, folder, dim=4096, length=512, device="cpu"):
         try:
             from transformers import AutoTokenizer, UMT5EncoderModel
         except ImportError:
             raise UserError("umT5 needs the package transformers: pip install transformers") from None
-        self.dim, self.length = dim, length
+        self.dim, self.length, self.device = dim, length, device
         self.folder = subfolder(folder, "text_encoder", "--t5")
         beside = self.folder.parent / "tokenizer"
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(beside if beside.is_dir() else self.folder)
-            self.model = UMT5EncoderModel.from_pretrained(self.folder, torch_dtype=torch.bfloat16).eval()
+            self.model = UMT5EncoderModel.from_pretrained(self.folder, torch_dtype=torch.bfloat16)
+            self.model.eval().to(device)
         except (OSError, ValueError, RuntimeError) as e:
             raise UserError(f"--t5 {folder} cannot be read ({str(e).splitlines()[0]}): download it again") from None
 
@@ -171,7 +177,7 @@ class UMT5Prompts:
             if tokens.shape[1] > self.length:
                 print(f'warning: a prompt of {tokens.shape[1]} tokens is cut to {self.length}: "{prompt[:60]}..."')
                 tokens = torch.cat([tokens[:, :self.length - 1], tokens[:, -1:]], dim=1)    # keep the end-of-text token
-            rows[:tokens.shape[1]] = self.model(tokens).last_hidden_state[0].float()
+            rows[:tokens.shape[1]] = self.model(tokens.to(self.device)).last_hidden_state[0].float()
         return rows
 
 
