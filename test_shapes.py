@@ -1342,15 +1342,20 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(stage, kind, cache
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
 
 
+def take_step_with_signal(step, number, real=pretrain.take_step):
+    """A take_step() that sends this process a signal in this step. (Batches are drawn ahead, by another thread.)"""
+    def take_step(config, ddp, optimizers, ema, batches, now, *rest):
+        if now == step:
+            os.kill(os.getpid(), number)
+        return real(config, ddp, optimizers, ema, batches, now, *rest)
+    return take_step
+
+
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(cache, monkeypatch):
     run(pretrain.main, *flags(cache, out="whole", steps=6))
 
-    def interrupted(config, tools, clips, rows, step, *more):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return draw_retrieval(config, tools, clips, rows, step, *more)
     with monkeypatch.context() as m, pytest.raises(SystemExit) as stop:
-        m.setattr(pretrain, "draw_retrieval", interrupted)
+        m.setattr(pretrain, "take_step", take_step_with_signal(2, signal.SIGTERM))
         run(pretrain.main, *flags(cache, out="parts", steps=6))
     assert stop.value.code == 143 and len(losses("parts")) == 3
     run(pretrain.main, *flags(cache, out="new", steps=6, resume=True))          # nothing there yet: from the start
@@ -3107,13 +3112,10 @@ def test_killed_runs_of_two_processes_go_on(cache, capsys):
 
 
 def stop_at(step, number):
-    """A prepare() that sends this process a signal in this step, by itself."""
+    """A prepare() that sends the first process a signal in this step, by itself."""
     def prepare(rank):
-        def take_step(config, ddp, optimizers, ema, batches, now, *rest, real=pretrain.take_step):
-            if now == step and rank == 0:
-                os.kill(os.getpid(), number)
-            return real(config, ddp, optimizers, ema, batches, now, *rest)
-        pretrain.take_step = take_step
+        if rank == 0:
+            pretrain.take_step = take_step_with_signal(step, number)
     return prepare
 
 
@@ -3269,32 +3271,26 @@ def watch(steps, bad):
     """A prepare(): at the start of each step this process notes the hash of its weights, averages and optimizers in
     steps-RANK; bad(rank, step) names what is not a number then: "batch" or "gradient"."""
     def prepare(rank):
-        held, now = [], [0]
+        now = []                                                    # the steps begun so far
 
-        class Watched(pretrain.EMA):
-            def __init__(self, model, decay):
-                super().__init__(model, decay)
-                held.append(self)
-                self.params[0].register_hook(lambda g: g * math.nan if bad(rank, now[0]) == "gradient" else g)
-
-        def make_optimizers(*a, real=pretrain.make_optimizers):
-            held.extend(made := real(*a))
-            return made
+        def take_step(config, ddp, optimizers, ema, batches, step, *rest, real=pretrain.take_step):
+            if not now:
+                ema.params[0].register_hook(lambda g: g * math.nan if bad(rank, now[-1]) == "gradient" else g)
+            now.append(step)
+            states = [x for o in optimizers for s in o.state.values() for x in s.values()]
+            digest = hashlib.sha256()
+            for tensor in [*ema.params, *ema.shadow, *states]:
+                digest.update(tensor.detach().numpy().tobytes())
+            with open(f"{steps}-{rank}", "a") as f:
+                f.write(digest.hexdigest() + "\n")
+            return real(config, ddp, optimizers, ema, batches, step, *rest)
 
         def draw(config, tools, clips, rows, step, real=draw_retrieval):
-            batch = real(config, tools, clips, rows, step)
-            if torch.is_grad_enabled():
-                now[0] = step
-                states = [x for o in held[1:] for s in o.state.values() for x in s.values()]
-                digest = hashlib.sha256()
-                for tensor in [*held[0].params, *held[0].shadow, *states]:
-                    digest.update(tensor.detach().numpy().tobytes())
-                with open(f"{steps}-{rank}", "a") as f:
-                    f.write(digest.hexdigest() + "\n")
-                if bad(rank, step) == "batch":
-                    batch.target[0, 0, 0, 0, 0] = math.nan
+            batch = real(config, tools, clips, rows, step)          # for training in a thread, where gradients are on
+            if torch.is_grad_enabled() and bad(rank, step) == "batch":
+                batch.target[0, 0, 0, 0, 0] = math.nan
             return batch
-        pretrain.EMA, pretrain.make_optimizers, pretrain.draw_retrieval = Watched, make_optimizers, draw
+        pretrain.take_step, pretrain.draw_retrieval = take_step, draw
     return prepare
 
 
