@@ -17,14 +17,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import DCTCodec, parse_flags
+from data import DCTCodec
 from encoder import MemoryDiT, MemoryEncoder, parse_rate
-from model import PRESETS, DiT, UserError, autocast, get_preset, pick_device, product_dtype, wan_name
+from flags import parse_flags
+from model import PRESETS, DiT, UserError, autocast, get_preset, pick_device, product_dtype
 from pretrain import PretrainConfig
 from sample import SampleConfig
 from tables import plot
 from video import whole_file
 from wan import WanCodec
+from weights import wan_name
 
 STRIDES = {"dct": DCTCodec.stride, "wan": WanCodec.stride}  # pixels a latent: frames, rows, columns
 STEPS = {"dct": SampleConfig.steps, "wan": 50}              # of the sampler, each twice for guidance

@@ -118,14 +118,15 @@ def world_preset(runs, sections=1):
 
 
 def score_sections(made, clips, first):
-    """{score: (n, S)} of sections uint8 (n, S, F, H, W, 3) from number `first` on; and consistency, the mean of the four
-    main scores, (n, 1)."""
+    """{score: (n, S)} of sections uint8 (n, S, F, H, W, 3) from number `first` on; and consistency, the mean of the
+    four main scores, (n, 1)."""
     values = {name: x[0] for name, x in score(made[None], [clip.story for clip in clips], first).items()}
     return values | {"consistency": torch.stack([per_clip(values[name]) for name in MAIN]).mean(0)[:, None]}
 
 
 def measure_runs(runs, name, codec, clips, first, sections, config):
-    """[Row]: the same clips continued with each run, and scored. name: of the file that keeps this in a run's folder."""
+    """[Row]: the same clips continued with each run, and scored. name: of the file that keeps this in a run's
+    folder."""
     def measure(folder):
         model, tools, _ = open_checkpoint(Path(folder) / "model.safetensors", config, "finetune")
         made = continue_stories(model, tools, clips, first, sections, config)
@@ -133,7 +134,8 @@ def measure_runs(runs, name, codec, clips, first, sections, config):
                 costs(model, tools, clips[0], config))
     asked = question(config, codec, clips, "steps", "shift", "guidance", "seed", first=first, sections=sections)
     machine = describe_machine(pick_device(config.device))
-    return [measured(folder, trained, name, asked, machine, lambda: measure(folder)) for folder, trained in runs.items()]
+    return [measured(folder, trained, name, asked, machine, lambda: measure(folder))
+            for folder, trained in runs.items()]
 
 
 def record(row):
@@ -176,9 +178,9 @@ def describe(rows, everything, config, ceiling):
              "Scores: percent of sections whose region of cloth, face (identity), object or scene is nearest to the "
              "true rendering among 16 (chance 6.25), ± 95 % interval over stories. Sections that count: "
              + ", ".join(f"{count} for {name}" for name, count in shown.items()) + ", where it is shown and was shown "
-             "whole in the history that is still remembered. Hard: the 15 others have the same palette. Obeys: nearest to the place asked for among the three of the story (chance 33.3). Position "
-             "error: of the best match of the whole character. PSNR: against the one right continuation. The truth "
-             "after the codec scores " + ", ".join(f"{ceiling[name].nanmean():.1f} ({name})" for name in MAIN)
+             "whole in the history that is still remembered. Hard: the 15 others have the same palette. Obeys: nearest to "
+             "the place asked for among the three of the story (chance 33.3). Position error: of the best match of the "
+             "whole character. PSNR: against the one right continuation. The truth after the codec scores " + ", ".join(f"{ceiling[name].nanmean():.1f} ({name})" for name in MAIN)
              + f", PSNR {ceiling['psnr'].nanmean():.2f} dB.", "", *table(rows), "",
              "*In italics: the figures of the paper's first version, judged by a model on other data: only the order "
              "can be compared.* `keyframes` stands in for WanI2V + QwenEdit (2p), which needs two other models."]

@@ -1,20 +1,17 @@
-"""The outside world: pixels <-> latents (codecs), prompts -> embeddings, the clips to train on (stories of the
-paper-doll world, folders of videos, caches of latents), and the command line.
+"""The outside world: pixels <-> latents (codecs), prompts -> embeddings, and the clips to train on (stories of the
+paper-doll world, folders of videos, caches of latents).
 
 Pixels are (B, 3, F, H, W) floats in [-1, 1]; latents (B, C, f, h, w);
 uint8 frames (F, H, W, 3) only at the file boundary.
 """
-import argparse
-import difflib
 import functools
 import hashlib
-import inspect
 import json
 import math
 import os
 import re
 import sys
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import zip_longest
 from pathlib import Path
@@ -29,10 +26,12 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import world
-from model import PRESETS, UserError, get_preset, open_safetensors, pad_replicate, parse_json, pick_device
+from flags import parse_flags, run_command, run_main
+from model import PRESETS, UserError, get_preset, pad_replicate, pick_device
 from video import (VideoWriter, file_hash, find_videos, parse_entries, prompt_at, read_video, remove_leftovers,
                    storyboard_beside, video_info, whole_file)
 from wan import UMT5Prompts, WanCodec, ZeroPrompts
+from weights import open_safetensors, parse_json
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Codecs
@@ -223,8 +222,8 @@ class Clip:
 
 
 class Clips:
-    """Clips in a fixed random order per epoch. Every batch is of one size (height x width); and, since the shortest clip
-    of a batch decides how long its histories are, of clips of `full` latent frames or of shorter ones."""
+    """Clips in a fixed random order per epoch. Every batch is of one size (height x width); and, since the shortest
+    clip of a batch decides how long its histories are, of clips of `full` latent frames or of shorter ones."""
 
     def __init__(self, clips, full=0):
         self.clips = clips
@@ -241,14 +240,14 @@ class Clips:
     @functools.lru_cache(maxsize=2)
     def epoch(self, number, size, seed):
         """The batches of an epoch, each a list of `size` clip numbers. What does not fill a batch waits for the next
-        epoch; a bucket smaller than a batch repeats its clips, or is left out if it is smaller than a quarter (if not all
-        are): else a few clips of a rare size would be seen much more often than all others."""
+        epoch; a bucket smaller than a batch repeats its clips, or is left out if it is smaller than a quarter (if not
+        all are): else a few clips of a rare size would be seen much more often than all others."""
         rng = np.random.default_rng((seed, number))
         batches = []
         large = [members for members in self.buckets.values() if 4 * len(members) >= size]
         if large and len(large) < len(self.buckets):
-            warn(f"{len(self.clips) - sum(map(len, large))} clips of a rare size or length, fewer than a quarter of a batch "
-                 "of their kind, are left out")
+            warn(f"{len(self.clips) - sum(map(len, large))} clips of a rare size or length, fewer than a quarter of a "
+                 "batch of their kind, are left out")
         for members in large or self.buckets.values():
             order = rng.permutation(members).tolist()
             order *= -(-size // len(order)) if len(order) < size else 1
@@ -343,7 +342,8 @@ def split(videos):
 
 
 def video_clips(folder, preset, codec, cache):
-    """(clips to train on, held-out clips) of a folder of videos, see split(). Files that cannot be used are counted and listed, never replaced by another; above 20 % of them it stops."""
+    """(clips to train on, held-out clips) of a folder of videos, see split(). Files that cannot be used are counted and
+    listed, never replaced by another; above 20 % of them it stops."""
     paths = find_videos(folder)
     clips, skipped = {}, []
     for path in tqdm(paths, desc="encoding videos"):
@@ -445,10 +445,11 @@ def cached_clips(folder, preset, codec, held_out):
         warn(LONE_VIDEO)
     train = [clip for name in names for clip in videos[name]]
     # the first window of every held-out video, then the second: few clips are then of different videos
-    held = [clip for windows in zip_longest(*(videos[name] for name in held_names)) for clip in windows if clip is not None]
-    print(f"{len(train)} clips of {len(names)} videos to train on, {len(held[:held_out])} of {len(held_names)} held out")
+    rounds = zip_longest(*(videos[name] for name in held_names))
+    held = [clip for windows in rounds for clip in windows if clip is not None][:held_out]
+    print(f"{len(train)} clips of {len(names)} videos to train on, {len(held)} of {len(held_names)} held out")
     full = preset.history + preset.section
-    return Clips(train, full), Clips(held[:held_out], full)
+    return Clips(train, full), Clips(held, full)
 
 
 def window_settings(preset, codec):
@@ -494,8 +495,8 @@ def find_captions(config, paths):
     captions = read_captions(config.captions)
     unknown = captions.keys() - {path.relative_to(config.videos).as_posix() for path in paths}
     if unknown and len(unknown) == len(captions):
-        raise UserError(f"--captions {config.captions} names no video of {config.videos}: it has {min(unknown)}, where a "
-                        "path inside that folder is expected")
+        raise UserError(f"--captions {config.captions} names no video of {config.videos}: it has {min(unknown)}, where "
+                        "a path inside that folder is expected")
     if unknown:
         warn(f"{len(unknown)} captions belong to no video of {config.videos}, such as {min(unknown)}")
     return captions
@@ -647,68 +648,6 @@ def open_dataset(config, codec):
         raise UserError(f"--data {config.data} is not a cache of latents, which --preset {config.preset} trains on: "
                         "make one with data.py cache")
     return video_clips(config.data, preset, codec, config.cache)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-
-
-def field_help(cls):
-    """{field: its trailing comment}, so that a flag is described where it is defined."""
-    text = "".join(inspect.getsource(c) for c in reversed(cls.__mro__) if is_dataclass(c))
-    return dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.*)$", text, re.M))
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-
-def parse_flags(cls, description, argv=None, aliases={}):
-    """An instance of the dataclass `cls` from the command line: a flag per field, with the field's default and comment.
-    Unknown flags are refused, with the nearest name that exists."""
-    argv = sys.argv[1:] if argv is None else argv
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    comments = field_help(cls)
-    for f in fields(cls):
-        names = [f"--{f.name}", *aliases.get(f.name, ())]
-        extra = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.type.__name__)
-        parser.add_argument(*names, dest=f.name, default=f.default,
-                            help=f"{comments.get(f.name, '')} [{f.default}]", **extra)
-    known, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(flag, parser._option_string_actions, 3, 0.5)
-        raise UserError(f"unknown flag {flag}" + (f"; did you mean {' or '.join(near)}?" if near else "; see --help"))
-    if not 0 <= getattr(known, "seed", 0) < 2**63:
-        raise UserError(f"--seed {known.seed}: give a whole number of at least 0, below 2^63")
-    return cls(**vars(known))
-
-
-def run_command(script, commands, description):
-    """Run the one of {name: function of argv} that the command line names; --help lists them."""
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in ("-h", "--help"):
-        print(description)
-        print("\n".join(f"{script} {k}: {f.__doc__}" for k, f in commands.items()))
-        return
-    if name not in commands:
-        raise UserError(f"{script} {name}: choose one of {', '.join(commands)}")
-    commands[name](sys.argv[2:])
-
-
-def run_main(main):
-    """Run a script's main: 0 done, 2 the user's mistake, 1 ours or the machine's, 130 and 143 stopped by a signal."""
-    try:
-        main()
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as e:                # a full disk, a folder that is gone
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

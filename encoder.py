@@ -29,8 +29,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
-from model import (PRESETS, Attention, DiT, PatchEmbedding, UserError, add_lora, flow_loss, get_preset, load_base,
-                   load_weights, pad_replicate, read_metadata, rope, token_positions)
+from model import (PRESETS, Attention, DiT, PatchEmbedding, UserError, add_lora, flow_loss, get_preset, pad_replicate,
+                   rope, token_positions)
+from weights import load_base, load_weights, read_metadata
 
 # these keep a few frames as they are and forget the rest: nothing to retrieve for stage 1
 FRAME_METHODS = ("sliding-window", "keyframes")

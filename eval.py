@@ -28,10 +28,11 @@ from tqdm import tqdm
 import budget
 import consistency
 import judge
-from data import (HISTORY_SECTIONS, Clip, Clips, make_codec, make_prompts, nearest_size, psnr, run_command, run_main,
-                  to_frames, to_pixels, video_clips)
+from data import (HISTORY_SECTIONS, Clip, Clips, make_codec, make_prompts, nearest_size, psnr, to_frames, to_pixels,
+                  video_clips)
 from encoder import MemoryEncoder
 from finetune import ask
+from flags import run_command, run_main
 from model import UserError, autocast, euler, get_preset, pick_device
 from pretrain import PretrainConfig, Tools, collate, downsample, draw_retrieval, generator, preview
 from tables import (EvalConfig, Row, compare, describe_machine, describe_runs, expected_pairs, first_seeds, interval,
@@ -177,7 +178,7 @@ def own_clip(config, tools):
     if len(frames) < least:
         raise UserError(f"{config.history} has {len(frames)} frames at {preset.fps} fps; at least {least} are needed: "
                         "give a longer clip")
-    return Clips([Clip(codec.encode(to_pixels(frames)[None])[0], [], frames[::codec.stride[0]])])       # as codec.show()
+    return Clips([Clip(codec.encode(to_pixels(frames)[None])[0], [], frames[::codec.stride[0]])])   # as codec.show()
 
 
 @torch.no_grad()

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
-from data import parse_flags, run_main
 from encoder import FRAME_METHODS
-from model import UserError, load_weights, read_metadata
+from flags import parse_flags, run_main
+from model import UserError
 from pretrain import Batch, Config, collate, downsample, generator, noise_level, setup, train
+from weights import load_weights, read_metadata
 
 
 @dataclass
@@ -93,11 +94,13 @@ def encoder_file(config):
 
 
 def main():
+    """Check the flags, build model and data, put φ of stage 1 into it, train."""
     config = parse_flags(FinetuneConfig, __doc__)
     if config.freeze_encoder and config.method == "none":
         raise UserError("--freeze_encoder --method none: there is no memory encoder to freeze; drop one of the two")
     if config.freeze_encoder and config.encoder == "none":
-        raise UserError("--freeze_encoder --encoder none: a fresh φ that is never trained tells nothing; drop one of the two")
+        raise UserError("--freeze_encoder --encoder none: a fresh φ that is never trained tells nothing; drop one of "
+                        "the two")
     resumed = config.resume and (Path(config.out) / "state.pt").is_file()       # then φ comes from there
     encoder = None if resumed else encoder_file(config)
     model, *rest, rank, world, device = setup(config)

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import parse_flags
+from flags import parse_flags
 from model import UserError
 from video import read_video, video_info, whole_file
 
@@ -215,6 +215,7 @@ def judge_video(path, config, key, answers, bar):
     scores, kinds = {}, Counter()
 
     def ask(dimension, name, question):
+        """yes, no, or what went wrong: the kind of the answer, kept or asked for now."""
         question += " Answer with one word: yes or no."
         prompt = "\n".join([*headings, question])
         place = sha256, config.model, prompt

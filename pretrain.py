@@ -24,13 +24,14 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import make_codec, make_prompts, open_dataset, parse_flags, psnr, run_main, to_frames
+from data import make_codec, make_prompts, open_dataset, psnr, to_frames
 from encoder import BLOCK_METHODS, FRAME_METHODS, METHODS, MemoryDiT, parse_rate
-from model import (Preset, UserError, add_lora, add_noise, autocast, euler, flow_loss, get_preset, load_base,
-                   pick_device, sample_t)
+from flags import parse_flags, run_main
+from model import Preset, UserError, add_lora, add_noise, autocast, euler, flow_loss, get_preset, pick_device, sample_t
 from optim import EMA, learning_rate, make_optimizers
 from video import contact_strip, remove_leftovers, whole_file
 from wan import comfy_name
+from weights import load_base
 
 
 @dataclass
@@ -364,8 +365,8 @@ def accumulate_gradients(config, ddp, batches, world, device):
 
 
 def take_step(config, ddp, optimizers, ema, batches, step, world, device):
-    """One step, skipped where the gradient is not finite (the same on every process: gradients are shared). Returns (the
-    sum of this process's losses, the norm of the gradient)."""
+    """One step, skipped where the gradient is not finite (the same on every process: gradients are shared). Returns
+    (the sum of this process's losses, the norm of the gradient)."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, config)
@@ -377,6 +378,15 @@ def take_step(config, ddp, optimizers, ema, batches, step, world, device):
         ema.update(step)
     ddp.zero_grad(set_to_none=True)
     return total, norm
+
+
+def share(loss, signals, world):
+    """(the sum of all processes' losses, the signal that stops all of them after the same step, or 0)."""
+    shared = torch.stack([loss, torch.full_like(loss, max(signals, default=0))])
+    if world > 1:
+        dist.all_reduce(shared[:1])
+        dist.all_reduce(shared[1:], dist.ReduceOp.MAX)
+    return shared[0].item(), int(shared[1])
 
 
 def wrap(config, model, world, device):
@@ -420,15 +430,9 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
         skipped = 0 if norm.isfinite() else skipped + 1
         if skipped and rank == 0:
             tqdm.write(f"step {step + 1}: the gradient is not finite, the step is skipped")
-        shared = torch.stack([total, torch.full_like(total, max(signals, default=0))])
-        if world > 1:
-            dist.all_reduce(shared[:1])
-            dist.all_reduce(shared[1:], dist.ReduceOp.MAX)          # a signal to one stops all after the same step
-        record = {"step": step + 1, "loss": shared[0].item() / config.batch, "grad_norm": norm.item()}
-        if skipped:
-            record["skipped"] = skipped
-        stop = int(shared[1])
-        bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
+        loss, stop = share(total / config.batch, signals, world)
+        record = {"step": step + 1, "loss": loss, "grad_norm": norm.item()} | ({"skipped": skipped} if skipped else {})
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
         due = step + 1 == config.steps or (step + 1) % config.save_every == 0
         if due:

@@ -18,11 +18,12 @@ import torch
 from tqdm import tqdm
 
 import world
-from data import make_codec, make_prompts, nearest_size, parse_flags, run_main, to_frames, to_pixels, warn
+from data import make_codec, make_prompts, nearest_size, to_frames, to_pixels, warn
 from encoder import Memory, MemoryDiT, load_model
-from model import (PRESETS, UserError, autocast, euler, frozen_dtype, get_preset, merge_lora, pick_device,
-                   read_metadata)
+from flags import parse_flags, run_main
+from model import PRESETS, UserError, autocast, euler, get_preset, merge_lora, pick_device
 from video import VideoWriter, contact_strip, parse_storyboard, prompt_at, read_video, storyboard_beside, video_info
+from weights import frozen_dtype, read_metadata
 
 
 @dataclass

@@ -14,19 +14,20 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
-from data import make_codec, make_prompts, parse_flags, warn, world_clips
+from data import make_codec, make_prompts, warn, world_clips
 from encoder import FRAME_METHODS, load_model
-from model import (PRESETS, UserError, open_safetensors, parse_json, pick_device, product_dtype, read_metadata,
-                   weight_files)
+from flags import parse_flags
+from model import PRESETS, UserError, pick_device, product_dtype
 from pretrain import Tools
 from video import file_hash, whole_file
+from weights import open_safetensors, parse_json, read_metadata, weight_files
 
 # what all rows share; they differ in method, rate and seed, and each may have the learning rate that suits it
 SAME = ("preset", "init", "data", "clips", "steps", "batch", "mask", "queries", "text_drop", "t_mean", "t_std", "lora",
         "optimizer", "warmup", "clip_grad", "ema", "held_out", "sample_steps", "sample_shift")
 # what a measurement depends on besides the weights: changed, a run is measured again
-SOURCES = [f"{name}.py" for name in ("model", "encoder", "data", "world", "wan", "video", "pretrain", "eval", "consistency",
-                                     "scores", "budget")]
+SOURCES = [f"{name}.py" for name in ("model", "weights", "encoder", "data", "world", "wan", "video", "pretrain", "eval",
+                                     "consistency", "scores", "budget")]
 
 
 @dataclass
@@ -106,7 +107,7 @@ def read_runs(folders, command, stage, kept):
         if config["step"] < config["steps"]:
             raise UserError(f"{folder} stopped at step {config['step']} of {config['steps']}: "
                             f"finish it with {stage}.py --resume")
-        if weights.exists() and not (Path(folder) / "log.jsonl").is_file():
+        if command != "story" and weights.exists() and not (Path(folder) / "log.jsonl").is_file():
             raise UserError(f"{folder} has no log.jsonl: give the whole run folder, its curve is drawn")
         for other, theirs in runs.items():
             for key in SAME:
@@ -187,7 +188,8 @@ def measured(folder, trained, name, asked, machine, measure):
         if not weights.exists():
             other = {k: known["asked"].get(k) for k, v in asked.items() if known["asked"].get(k) != v}
             raise UserError(f"{file} was measured with {other}: ask for the same, or give the run with its weights")
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    log = folder / "log.jsonl"
+    log = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
     curve = [[entry["step"], entry["psnr"]] for entry in log if "psnr" in entry]
     values, pictures, costs = measure()
     measurement = json.dumps(key | {"costs": costs, "curve": curve, "machine": machine})
@@ -260,8 +262,8 @@ def compare(title, pairs, metric, paper):
     """Lines of Markdown: paired differences of rows, if there are any. paper: {(method, rate): the paper's figure}."""
     if not pairs:
         return []
-    lines = ["", f"{title}, with its 95 % interval (bootstrap over clips, 10,000 resamples); decided if p < 0.05 (random "
-             "signs of the clips' differences, two-sided).", "",
+    lines = ["", f"{title}, with its 95 % interval (bootstrap over clips, 10,000 resamples); decided if p < 0.05 "
+             "(random signs of the clips' differences, two-sided).", "",
              "| A above B | difference | interval | p | holds | paper's difference |", "|---|---|---|---|---|---|"]
     for a, b in pairs:
         difference = a.each(metric) - b.each(metric)
@@ -269,7 +271,8 @@ def compare(title, pairs, metric, paper):
         theirs = [paper.get((row.method, row.rate), math.nan) for row in (a, b)]
         gap = "–" if math.isnan(sum(theirs)) else f"{theirs[0] - theirs[1]:+.2f}"
         holds = "undecided" if p >= 0.05 else "yes" if mean > 0 else "no"
-        lines.append(f"| {a.name} above {b.name} | {mean:+.2f} | {low:+.2f} to {high:+.2f} | {p:.2g} | {holds} | {gap} |")
+        lines.append(f"| {a.name} above {b.name} | {mean:+.2f} | {low:+.2f} to {high:+.2f} | {p:.2g} | {holds} | "
+                     f"{gap} |")
     return lines
 
 
@@ -279,7 +282,7 @@ def compare(title, pairs, metric, paper):
 
 def describe_runs(everything, metric, title, unit):
     """Lines of Markdown: where each row comes from, and the spread over seeds."""
-    lines = ["", f"| row | run | step | seed | learning rate | {title} | measured on |", "|---|---|---|---|---|---|---|"]
+    lines = ["", f"| row | run | step | seed | learning rate | {title} | measured on |", "|---" * 7 + "|"]
     for row in everything:
         t = row.trained
         lines.append(f"| {row.name} | {row.folder} | {t['step']} | {t['seed']} | {t['lr']:g} | "

@@ -57,11 +57,12 @@ import wan
 import world as W
 from data import Clip, Clips, DCTCodec, HashPrompts, to_frames, to_pixels, world_clips
 from encoder import BLOCK_METHODS, Memory, MemoryDiT, MemoryEncoder
-from model import (PRESETS, DiT, DiTConfig, Preset, UserError, add_noise, attend, euler, load_weights,
-                   pad_replicate, token_positions, wan_name, weight_files)
+from flags import field_help, run_main
+from model import PRESETS, DiT, DiTConfig, Preset, UserError, add_noise, attend, euler, pad_replicate, token_positions
 from pretrain import Tools, draw_retrieval
 from video import (VideoWriter, contact_strip, find_videos, parse_storyboard, prompt_at, read_video, storyboard_beside,
                    video_info)
+from weights import load_base, load_weights, open_safetensors, wan_name, weight_files
 
 torch.set_num_threads(1)            # everything here is so small that threads only wait for each other
 HERE = Path(__file__).resolve().parent
@@ -100,7 +101,7 @@ def run(main, *flags):
     """A script's main with these flags, in this process."""
     with pytest.MonkeyPatch.context() as m:
         m.setattr(sys, "argv", ["script", *map(str, flags)])
-        data.run_main(main)
+        run_main(main)
 
 
 def tiny_tools(method="proposed", rate="4x4x2"):
@@ -227,7 +228,7 @@ def test_dit_equals_that_of_diffusers(tmp_path):
     randomize(theirs).save_pretrained(tmp_path)                     # a folder in diffusers' naming
     with torch.device("meta"):
         ours = DiT(c)
-    model.load_base(ours, tmp_path)
+    load_base(ours, tmp_path)
     x, t, text = randn(2, 4, 3, 4, 6), torch.tensor([300.0, 900.0]), randn(2, 6, 16, seed=1)
     expected = theirs(hidden_states=x, timestep=t, encoder_hidden_states=text, return_dict=False)[0]
     assert (ours(x, t, text) - expected).abs().max() < 1e-5 and expected.std() > 0.1
@@ -763,7 +764,8 @@ def test_clips_cover_every_clip_once_an_epoch():
     assert 15 not in {i for batch in fives for i in batch} and [*map(len, fives)] == [5] * 4
     assert set(Clips(clips.clips[15:]).batch(0, 5, seed=0)) == {0}  # but if there is nothing else, it is repeated
     mixed = Clips([Clip(torch.zeros(16, frames, 8, 8), []) for frames in (9, 4, 8, 7, 9, 5)], full=8)
-    assert {frozenset(mixed.batch(step, 3, seed=0)) for step in range(2)} == {frozenset({0, 2, 4}), frozenset({1, 3, 5})}
+    batches = {frozenset(mixed.batch(step, 3, seed=0)) for step in range(2)}
+    assert batches == {frozenset({0, 2, 4}), frozenset({1, 3, 5})}
     again = Clips(clips.clips)
     assert [again.batch(step, 3, seed=0) for step in reversed(range(12))][::-1][:6] == epoch
     assert epoch != [clips.batch(step, 3, seed=0) for step in range(6, 12)]
@@ -1555,11 +1557,11 @@ def test_recomputing_activations_changes_no_gradient():
 
 
 def test_frozen_base_is_held_in_the_dtype_of_products(tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "product_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr("weights.product_dtype", lambda device: torch.bfloat16)
     save_file(tiny_dit(seed=1).state_dict(), tmp_path / "base.safetensors")
     with torch.device("meta"):
         dit = DiT(CONFIG)
-    model.load_base(dit, tmp_path / "base.safetensors", torch.device("cpu"), frozen=True)
+    load_base(dit, tmp_path / "base.safetensors", torch.device("cpu"), frozen=True)
     for name, p in dit.named_parameters():
         assert p.dtype == (torch.bfloat16 if name.startswith("blocks.") and p.ndim == 2 else torch.float32), name
     model.add_lora(dit, 2)
@@ -1576,6 +1578,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, sys.argv[1])
 import model
 import optim
+import weights
 config = model.DiTConfig(dim=512, ffn_dim=2048, heads=4, layers=20, text_dim=64, text_len=8)
 with torch.device("meta"):
     dit = model.DiT(config)
@@ -1583,13 +1586,13 @@ size = sum(p.numel() for p in dit.parameters())
 if len(sys.argv) > 2:
     save_file({n: torch.zeros(p.shape) for n, p in dit.named_parameters()}, "big.safetensors")
     sys.exit()
-model.product_dtype = lambda device: torch.bfloat16
+weights.product_dtype = lambda device: torch.bfloat16
 small = model.DiT(model.DiTConfig(dim=64, ffn_dim=256, heads=1, layers=1, text_dim=64, text_len=8))
 save_file(small.state_dict(), "small.safetensors")
-model.load_base(small, "small.safetensors", torch.device("cpu"), frozen=True)      # what is needed once
+weights.load_base(small, "small.safetensors", torch.device("cpu"), frozen=True)      # what is needed once
 memory = lambda what: int(re.search(what + r":\s*(\d+)", open("/proc/self/status").read())[1]) * 1024
 before = memory("VmRSS")
-model.load_base(dit, "big.safetensors", torch.device("cpu"), frozen=True)
+weights.load_base(dit, "big.safetensors", torch.device("cpu"), frozen=True)
 print((memory("VmHWM") - before) / sum(p.numel() * p.element_size() for p in dit.parameters()))
 """
     call = lambda *more: subprocess.run([sys.executable, "-c", script, str(HERE), *more], capture_output=True,
@@ -1643,7 +1646,7 @@ def test_cache_refuses_what_does_not_fit(tmp_path):
                                        '[[0, "a"], [2, "b"]]}\n')
     shards = cached(folder, "--captions", folder / "list.jsonl")
     train, held_out = data.cached_clips(shards, TINY, codec, 16)
-    assert {len(json.loads(model.open_safetensors(c.shard).metadata()["starts"])[c.number])
+    assert {len(json.loads(open_safetensors(c.shard).metadata()["starts"])[c.number])
             for c in [*train.clips, *held_out.clips]} == {1, 2}
     with pytest.raises(UserError, match="with fps 2, not 4"):
         data.cached_clips(shards, dataclasses.replace(TINY, fps=4), codec, 16)
@@ -1703,14 +1706,15 @@ def test_wan_recipe_on_two_processes(tmp_path, vae, t5):
     assert len(videos[0]) == 60 + 16                                # a section is 4 latents of 4 frames
     assert (videos[0].int() - videos[1]).abs().max() <= 2
     given = ("--init", "base.safetensors", "--vae", vae, "--device", "cpu", "--steps", 1, "--queries", 2)
-    run(evaluation.main, "retrieval", "--checkpoint", "runs/pretrain/model.safetensors", "--history", "videos/1.mp4", *given)
+    run(evaluation.main, "retrieval", "--checkpoint", "runs/pretrain/model.safetensors", "--history", "videos/1.mp4",
+        *given)
     assert Image.open("out/retrieval.png").width > 2 * 32
     run(evaluation.main, "table1", "runs/pretrain", "--data", "videos", *given)
     ceiling, row = read_csv("assets/table1_video.csv")
     assert 3 < float(row["psnr"]) < 100 and 3 < float(ceiling["psnr"]) < 100
     bad = dict(stage2)
     bad["dit.blocks.7.self_attn.q.lora_A"] = bad.pop("dit.blocks.0.self_attn.q.lora_A")
-    save_file(bad, "bad.safetensors", {"config": model.open_safetensors("runs/finetune/model.safetensors").metadata()[
+    save_file(bad, "bad.safetensors", {"config": open_safetensors("runs/finetune/model.safetensors").metadata()[
         "config"]})
     with pytest.raises(UserError, match="unexpected tensor dit.blocks.7"):
         encoder.load_model("bad.safetensors", "base.safetensors")
@@ -1973,7 +1977,7 @@ def test_bootstrap_is_paired_and_covers_the_mean():
 
 def test_flip_test_known_values():
     assert tables.flip_test(torch.zeros(20)) == 1 and tables.flip_test(torch.ones(40)) == pytest.approx(1e-4, rel=0.01)
-    three = torch.tensor([100.0, 100, 100, *[0] * 120])             # three decisions more: nothing, whatever resampling says
+    three = torch.tensor([100.0, 100, 100, *[0] * 120])     # three decisions more: nothing, whatever resampling says
     assert tables.flip_test(three) == pytest.approx(0.25, abs=0.02) and tables.flip_test(torch.ones(2)) > 0.4
     noise = randn(400, 30, seed=3)
     assert 0.02 < np.mean([tables.flip_test(x, 500) < 0.05 for x in noise]) < 0.09       # wrong as often as it says
@@ -2378,6 +2382,9 @@ def test_story_command(stage2, cache, capsys):
         with pytest.raises(NameError):
             run(evaluation.main, "story", stage2 / "a", "--clips", 1, "--steps", 1, "--seed", 1, "--cache", cache)
     assert np.array(Image.open("assets/table2_story.png").convert("RGB")).std() > 5
+    Path("alone").mkdir()
+    shutil.copy(stage2 / "a" / "model.safetensors", "alone")                    # no curve is drawn: weights are enough
+    run(evaluation.main, "story", "alone", "--clips", 1, "--steps", 1, "--cache", cache)
 
 
 def test_table2_refuses_runs_that_are_not_alike(refused, stage1, stage2):
@@ -2906,7 +2913,7 @@ def test_help_describes_every_flag(script, capsys):
     said = capsys.readouterr().out
     assert not stop.value.code and "--seed" in said and "python" in said
     config = {pretrain: pretrain.PretrainConfig, finetune: finetune.FinetuneConfig, sample: sample.SampleConfig}[script]
-    comments = data.field_help(config)
+    comments = field_help(config)
     assert all(comments.get(f.name) and f"--{f.name}" in said for f in dataclasses.fields(config))
 
 
@@ -3403,10 +3410,11 @@ def test_weights_that_claim_terabytes_take_no_memory(tmp_path):
 import resource, sys
 sys.path.insert(0, sys.argv[1])
 import model
+import weights
 held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (held + 2**28, held + 2**28))
 for i in range(4):
-    for read in (model.read_metadata, lambda path: model.load_base(model.DiT(model.PRESETS["nano"].dit), path)):
+    for read in (weights.read_metadata, lambda path: weights.load_base(model.DiT(model.PRESETS["nano"].dit), path)):
         try:
             read(f"{i}.safetensors")
         except model.UserError as e:

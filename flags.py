@@ -1,0 +1,67 @@
+"""The command line: flags from a dataclass, commands, exit codes."""
+import argparse
+import difflib
+import inspect
+import re
+import sys
+from dataclasses import fields, is_dataclass
+
+from model import UserError
+
+
+def field_help(cls):
+    """{field: its trailing comment}, so that a flag is described where it is defined."""
+    text = "".join(inspect.getsource(c) for c in reversed(cls.__mro__) if is_dataclass(c))
+    return dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.*)$", text, re.M))
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def parse_flags(cls, description, argv=None, aliases={}):
+    """An instance of the dataclass `cls` from the command line: a flag per field, with the field's default and comment.
+    Unknown flags are refused, with the nearest name that exists."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    comments = field_help(cls)
+    for f in fields(cls):
+        names = [f"--{f.name}", *aliases.get(f.name, ())]
+        extra = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.type.__name__)
+        parser.add_argument(*names, dest=f.name, default=f.default,
+                            help=f"{comments.get(f.name, '')} [{f.default}]", **extra)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(flag, parser._option_string_actions, 3, 0.5)
+        raise UserError(f"unknown flag {flag}" + (f"; did you mean {' or '.join(near)}?" if near else "; see --help"))
+    if not 0 <= getattr(known, "seed", 0) < 2**63:
+        raise UserError(f"--seed {known.seed}: give a whole number of at least 0, below 2^63")
+    return cls(**vars(known))
+
+
+def run_command(script, commands, description):
+    """Run the one of {name: function of argv} that the command line names; --help lists them."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(description)
+        print("\n".join(f"{script} {k}: {f.__doc__}" for k, f in commands.items()))
+        return
+    if name not in commands:
+        raise UserError(f"{script} {name}: choose one of {', '.join(commands)}")
+    commands[name](sys.argv[2:])
+
+
+def run_main(main):
+    """Run a script's main: 0 done, 2 the user's mistake, 1 ours or the machine's, 130 and 143 stopped by a signal."""
+    try:
+        main()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as e:                # a full disk, a folder that is gone
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
