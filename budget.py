@@ -144,7 +144,7 @@ def sampling_memory(c, weights, tokens, vae):
 @dataclass
 class BudgetConfig:
     preset: str = "wan-14b"       # nano, small, wan-1.3b, wan-14b
-    rate: str = "4x4x2"           # compression on the DiT's token grid, rows x columns x frames
+    rate: str = None              # compression on the DiT's token grid, rows x columns x frames [the preset's]
     gpus: int = 8                 # GPUs to train on
     memory_gb: float = 79.0       # memory of each, GiB; a card of 80 GB has about so much
 
@@ -225,6 +225,7 @@ def budget(argv):
     """Predict parameters, tokens, FLOPs and memory of a preset from shapes alone; no weights are allocated."""
     config = parse_flags(BudgetConfig, budget.__doc__, argv)
     preset = get_preset(config.preset)
+    config.rate = config.rate or preset.rate
     if config.gpus < 1 or not 0 < config.memory_gb < math.inf:
         raise UserError(f"--gpus {config.gpus} --memory_gb {config.memory_gb}: give at least 1 GPU and memory above 0")
     with torch.device("meta"):
@@ -260,7 +261,7 @@ def budget(argv):
 @dataclass
 class SpeedConfig:
     preset: str = "nano"          # nano or small; with a GPU also wan-1.3b, wan-14b
-    rate: str = "4x4x2"           # compression on the DiT's token grid, rows x columns x frames
+    rate: str = None              # compression on the DiT's token grid, rows x columns x frames [the preset's]
     batch: int = 1                # sections at once, where the DiT is timed alone
     repeats: int = 5              # rounds; medians are shown
     device: str = "auto"          # auto, cpu, cuda, mps
@@ -427,6 +428,7 @@ def speed(argv):
     """Time the DiT beside diffusers' and plain matrix products, φ, and a section as the history grows (a plot)."""
     config = parse_flags(SpeedConfig, speed.__doc__, argv)
     preset, device = get_preset(config.preset), pick_device(config.device)
+    config.rate = config.rate or preset.rate
     if config.repeats < 1 or config.batch < 1:
         raise UserError(f"--repeats {config.repeats} --batch {config.batch}: must be at least 1")
     if Path(config.out).suffix != ".png":

@@ -255,13 +255,14 @@ class MemoryEncoder(nn.Module):
 class MemoryDiT(nn.Module):
     """What is trained: the DiT and the memory that it reads.
 
-    empty: the DiT is not allocated yet (meta device), since weights will be loaded into it.
+    rate: None for the preset's. empty: the DiT is not allocated yet (meta device), since weights will be loaded into it.
     """
 
-    def __init__(self, preset, method="proposed", rate="4x4x2", window=1, empty=False):
+    def __init__(self, preset, method="proposed", rate=None, window=1, empty=False):
         super().__init__()
         if method not in METHODS:
             raise UserError(f"--method {method}: choose one of {', '.join(METHODS)}")
+        rate = rate or get_preset(preset).rate
         self.preset, self.method, self.rate = preset, method, rate
         with torch.device("meta") if empty else contextlib.nullcontext():
             self.dit = DiT(get_preset(preset).dit)

@@ -24,7 +24,6 @@ class FinetuneConfig(Config):
     out: str = "runs/finetune"    # run folder: model.safetensors, state.pt, log.jsonl, previews
     encoder: str = "runs/pretrain"     # the stage-1 run whose φ is taken; "none" starts a fresh one (Without Pretrain)
     freeze_encoder: bool = False  # keep φ as it is (the paper's ablation)
-    steps: int = 600              # optimizer steps
     # The frames of a section are so alike that prompt and memory are needed only near t = 1: go there often.
     t_mean: float = 2.5           # noise levels that the DiT trains on: sigmoid of N(t_mean, t_std)
     t_std: float = 2.0            # their spread

@@ -49,6 +49,7 @@ class Preset:
     section: int                  # latent frames generated at once = encoded at once
     history: int                  # latent frames of history, about 20 s
     widths: tuple                 # channels of the memory encoder's convolutions
+    rate: str = "4x4x2"           # compression of the history, rows x columns x frames, on the DiT's token grid
     lora: int = 0                 # rank of the trained update of a frozen DiT; 0: the whole DiT is trained
     optimizer: str = "muon"       # muon or adamw, see optim.py
     lr: float = 0.04              # its peak learning rate
@@ -57,7 +58,7 @@ class Preset:
 
 PRESETS = {
     "nano": Preset(DiTConfig(dim=256, ffn_dim=1024, heads=4, layers=5, text_dim=64, text_len=24),
-                   "dct", ((64, 64),), fps=2, section=4, history=40, widths=(32, 64, 128, 256)),
+                   "dct", ((64, 64),), fps=2, section=4, history=40, widths=(32, 64, 128, 256), rate="2x2x2"),
     "small": Preset(DiTConfig(dim=512, ffn_dim=2048, heads=8, layers=12, text_dim=64, text_len=24),
                     "dct", ((128, 224), (224, 128)), fps=8, section=8, history=160, widths=(64, 128, 256, 512)),
     "wan-1.3b": Preset(DiTConfig(dim=1536, ffn_dim=8960, heads=12, layers=30),

@@ -39,7 +39,7 @@ class Config:
     """What both stages share."""
     preset: str = "nano"          # model and data sizes: nano, small, wan-1.3b, wan-14b
     method: str = "proposed"      # what memory is: encoder.py lists the methods, and an unknown name prints them
-    rate: str = "4x4x2"           # compression on the DiT's token grid, rows x columns x frames
+    rate: str = None              # compression on the DiT's token grid, rows x columns x frames [the preset's]
     window: int = 1               # latent frames that --method sliding-window keeps
     data: str = "world"           # "world" (paper dolls), a folder of videos with captions, or one of data.py cache
     out: str = "runs/pretrain"    # run folder: model.safetensors, state.pt, log.jsonl, previews
@@ -49,7 +49,7 @@ class Config:
     text_drop: float = 0.5        # share of samples without a prompt
     t_mean: float = 1.3           # noise levels that the DiT trains on: sigmoid of N(t_mean, t_std)
     t_std: float = 1.0            # their spread
-    steps: int = 500              # optimizer steps
+    steps: int = 300              # optimizer steps
     batch: int = 8                # clips a step, over all processes
     micro_batch: int = 8          # clips a forward pass on one process; gradients are accumulated up to the batch
     optimizer: str = None         # muon (for matrices; AdamW for the rest, see optim.py) or adamw [the preset's]
@@ -62,7 +62,7 @@ class Config:
     held_out: int = 16            # at most so many clips for the figures in the log; of a folder of videos, one in ten
     sample_steps: int = 10        # Euler steps of the sampler in the log
     sample_shift: float = 3.0     # and its timestep shift
-    save_every: int = 250         # steps between checkpoints, figures and previews
+    save_every: int = 100         # steps between checkpoints, figures and previews
     compile: bool = False         # torch.compile the DiT's blocks
     device: str = "auto"          # auto, cpu, cuda, mps
     resume: bool = False          # go on in --out
@@ -466,7 +466,7 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
 def check(config):
     """Refuse what cannot work before anything is loaded; what was left open is the preset's."""
     preset = get_preset(config.preset)
-    for key in ("lora", "optimizer", "lr"):
+    for key in ("rate", "lora", "optimizer", "lr"):
         if getattr(config, key) is None:
             setattr(config, key, getattr(preset, key))
     parse_rate(config.rate)

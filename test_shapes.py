@@ -2487,7 +2487,7 @@ def test_budget_knows_what_a_block_keeps(lora, monkeypatch):
 
 
 @pytest.mark.parametrize("preset, says", [
-    ("nano", ["8,888,864", "2,560", "256 + 80"]), ("small", ["63,545,856", "224x128", "71,680"]),
+    ("nano", ["7,807,520", "2,560", "256 + 320"]), ("small", ["63,545,856", "224x128", "71,680"]),
     ("wan-1.3b", ["1,418,996,800", "4,264", "126,360", "5,460", "yes"]),
     ("wan-14b", ["14,288,491,584", "6,240 + 4,264", "12,480 + 4,264", "6,344", "1.39 PFLOP"])])
 def test_budget_command(preset, says, capsys):
@@ -2544,7 +2544,7 @@ def test_speed_command(preset, capsys, monkeypatch):
 
 def test_speed_skips_what_takes_too_long(capsys, monkeypatch):
     monkeypatch.setattr(budget, "GROWTH", (2, 8))
-    config = budget.SpeedConfig(preset="tiny", repeats=1, out="plot.png")
+    config = budget.SpeedConfig(preset="tiny", rate="4x4x2", repeats=1, out="plot.png")
     slow = 2 * budget.flops(TINY.dit, 64, 8 * 16) / budget.PATIENCE             # as many tokens as fit the patience
     rows = budget.measure_growth(config, TINY, DiT(TINY.dit), slow)
     assert [[y is None for y in row] for row in rows] == [[False] * 5, [False] * 4 + [True]]
