@@ -333,12 +333,12 @@ def report_skipped(skipped, total, folder):
 
 
 def split(videos):
-    """(names of videos to train on, of held-out ones): about one in ten is held out, each by its own name alone, so
-    that videos that are added change nothing for the others; at least one; of a single one, both."""
+    """(names of videos to train on, of held-out ones): about one in ten is held out, each by its own name, so that of
+    many videos one that is added changes nothing for the others; at least one, and never all; of a single one, both."""
     digest = lambda name: int(hashlib.sha256(name.encode()).hexdigest(), 16)
     order = sorted(videos, key=digest)
-    held = [name for name in order if digest(name) % 10 == 0] or order[:1]
-    return [name for name in order if name not in held] or order, held
+    held = [name for name in order if digest(name) % 10 == 0][:max(1, len(order) - 1)] or order[:1]
+    return [name for name in order if name not in set(held)] or order, held
 
 
 def video_clips(folder, preset, codec, cache):
@@ -481,7 +481,7 @@ def read_captions(path):
         try:
             entry = json.loads(line)
             board = entry["storyboard"] if "storyboard" in entry else [[0, entry["caption"]]]
-            captions[entry["video"]] = parse_entries(board, f"{path}, line {n}")
+            captions[entry["video"] + ""] = parse_entries(board, f"{path}, line {n}")   # a name, not null or a number
         except (json.JSONDecodeError, KeyError, TypeError):
             raise UserError(f'{path}, line {n}: expected {{"video": "a.mp4", "caption": "a text"}}') from None
     return captions
@@ -530,16 +530,18 @@ def video_windows(path, preset, codec):
 def cache_video(path, storyboard, preset, codec, prompts):
     """[(latents (C, F, h, w) bfloat16, first latent of each prompt, prompt embeddings)] of a video's windows."""
     rate = preset.fps / codec.stride[0]                             # latents a second
-    windows, end, prompts = [], 0.0, functools.cache(prompts)       # most windows of a video share theirs
+
+    @functools.cache                                                # most windows of a video share their prompts
+    def embed(prompt):
+        rows = prompts(prompt)                                      # kept without the zeros after its last word
+        return rows[:int(rows.any(1).nonzero().max()) + 1 if rows.any() else 1].bfloat16()
+    windows, end = [], 0.0
     for start, frames in video_windows(path, preset, codec):
         end = start + len(frames) / preset.fps
         latents = codec.encode(to_pixels(frames)[None])[0].bfloat16().contiguous()
         board = [(0, prompt_at(storyboard, start))] if storyboard else []
         board += [(round((seconds - start) * rate), prompt) for seconds, prompt in storyboard if start < seconds < end]
-        texts = [prompts(prompt) for _, prompt in board]
-        texts = [text[:int(text.any(1).nonzero().max()) + 1].bfloat16() if text.any() else text[:1].bfloat16()
-                 for text in texts]
-        windows.append((latents, [first for first, _ in board], texts))
+        windows.append((latents, [first for first, _ in board], [embed(prompt).clone() for _, prompt in board]))
     if storyboard and storyboard[-1][0] >= end:
         warn(f"{path}: its storyboard goes on to {storyboard[-1][0]:g} s, but the video ends at {end:g} s")
     return windows
@@ -586,6 +588,8 @@ def cache_videos(argv):
         raise UserError("--vae is needed: a local folder of Wan's VAE in the diffusers layout")
     if config.shard < 1:
         raise UserError(f"--shard {config.shard}: must be at least 1")
+    if Path(config.out).exists() and not Path(config.out).is_dir():
+        raise UserError(f"--out {config.out} is a file: give a folder for the shards")
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
         dist.init_process_group("gloo", timeout=timedelta(days=7))  # the slowest is waited for

@@ -255,7 +255,8 @@ class MemoryEncoder(nn.Module):
 class MemoryDiT(nn.Module):
     """What is trained: the DiT and the memory that it reads.
 
-    rate: None for the preset's. empty: the DiT is not allocated yet (meta device), since weights will be loaded into it.
+    rate: None for the preset's.
+    empty: the DiT is not allocated yet (meta device), since weights will be loaded into it.
     """
 
     def __init__(self, preset, method="proposed", rate=None, window=1, empty=False):

@@ -391,6 +391,10 @@ def table1(argv):
         clips = stories(config, preset, codec)
     else:
         clips = video_clips(config.data, preset, codec, config.cache)[1]
+    shortest = min(min(clip.frames, preset.history) for clip in clips)
+    if config.queries > shortest:
+        raise UserError(f"--queries {config.queries}: the shortest held-out clip has {shortest} latents to choose from")
+
     def measure_run(folder):
         print(f"measuring {folder}")
         model, tools, _ = open_checkpoint(Path(folder) / "model.safetensors", config, "pretrain")

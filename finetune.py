@@ -15,7 +15,7 @@ import torch
 from encoder import FRAME_METHODS
 from flags import parse_flags, run_main
 from model import UserError
-from pretrain import Batch, Config, collate, downsample, generator, noise_level, setup, train
+from pretrain import Batch, Config, check, collate, downsample, generator, noise_level, setup, train
 from weights import load_weights, read_metadata
 
 
@@ -95,6 +95,7 @@ def encoder_file(config):
 def main():
     """Check the flags, build model and data, put φ of stage 1 into it, train."""
     config = parse_flags(FinetuneConfig, __doc__)
+    check(config)
     if config.freeze_encoder and config.method == "none":
         raise UserError("--freeze_encoder --method none: there is no memory encoder to freeze; drop one of the two")
     if config.freeze_encoder and config.encoder == "none":

@@ -240,8 +240,9 @@ class Head(nn.Module):
     def forward(self, x, e):
         """x (B, N, D), e (B, D) timestep embedding -> (B, N, patch * C)."""
         shift, scale = (self.modulation.float() + e[:, None]).chunk(2, dim=1)   # (B, 1, D) each
+        y = F.layer_norm(x, (self.dim,), eps=self.eps) * (1 + scale) + shift
         with torch.autocast(x.device.type, enabled=False):                      # in float32, as Wan's
-            return self.head(F.layer_norm(x, (self.dim,), eps=self.eps) * (1 + scale) + shift)
+            return F.linear(y.float(), self.head.weight.float(), self.head.bias.float())
 
 
 class DiT(nn.Module):

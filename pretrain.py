@@ -267,10 +267,10 @@ def evaluate(config, tools, draw, model, clips, rows, device):
 
 
 def evaluate_all(config, tools, draw, model, clips, rank, world, device):
-    """Means of the figures over all held-out clips, which the processes share;
-    and pictures of this process's first ones."""
+    """Means of the figures over all held-out clips, which the processes share; and pictures of this process's first
+    ones."""
     totals, counts, pictures = {}, {}, None
-    for members in clips.buckets.values():                            # a batch is of one size
+    for members in clips.buckets.values():                          # a batch is of one size, and full or shorter
         rows = range(rank, len(members), world)
         if rows:
             sums, made = evaluate(config, tools, draw, model, [clips[i] for i in members], rows, device)

@@ -4,7 +4,7 @@ vision-language model, see judge.py; in the paper-doll world the truth is known,
 A section is right if, inside the region that the true masks give, the true rendering is the nearest of 16 by mean
 squared error. All 16 agree in what the caption says (build, shape, kind, places): only memory can tell which it is.
 
-    scores = score(made, stories, first)        of many models at once: drawing the candidates is most of the work
+    scores = score(made, stories, first)        of one model, or of many side by side
 """
 import functools
 import hashlib

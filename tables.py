@@ -27,7 +27,7 @@ SAME = ("preset", "init", "data", "clips", "steps", "batch", "mask", "queries", 
         "optimizer", "warmup", "clip_grad", "ema", "held_out", "sample_steps", "sample_shift")
 # what a measurement depends on besides the weights: changed, a run is measured again
 SOURCES = [f"{name}.py" for name in ("model", "weights", "encoder", "data", "world", "wan", "video", "pretrain", "eval",
-                                     "consistency", "scores", "budget")]
+                                     "consistency", "scores", "budget", "tables")]
 
 
 @dataclass
@@ -172,16 +172,18 @@ def measured(folder, trained, name, asked, machine, measure):
     that file has the answer to what is `asked` (see question()), of the same weights and code, it is read instead. So a
     table that was stopped goes on, and a folder that holds this file alone, no weights, is a row too: whoever has a new
     method need not train all others again. Raises UserError if that row was asked something else."""
-    folder = Path(folder)
-    file, weights, key = folder / f"{name}.safetensors", folder / "model.safetensors", {"asked": asked}
+    folder, key = Path(folder), {"asked": asked}
+    file, weights = folder / f"{name}.safetensors", folder / "model.safetensors"
+    code = hashlib.sha256(b"".join(Path(__file__).with_name(source).read_bytes() for source in SOURCES)).hexdigest()
     if weights.exists():
-        code = hashlib.sha256(b"".join(Path(__file__).with_name(source).read_bytes() for source in SOURCES))
-        key |= {"weights": file_hash(weights), "code": code.hexdigest()}
+        key |= {"weights": file_hash(weights), "code": code}
     if file.exists():
         with open_safetensors(file) as f:
             known = parse_json((f.metadata() or {}).get("measured"), file, "delete it, then it is made again",
                                "asked", "costs", "curve", "machine")
         if all(known.get(part) == value for part, value in key.items()):
+            if known.get("code") != code:
+                warn(f"{name}: rows without weights were measured by another version of this code")
             tensors = load_file(file)
             return Row(*label(trained), tensors, tensors.pop("pictures"), known["costs"], str(folder), trained,
                        known["curve"], known["machine"])
@@ -196,7 +198,7 @@ def measured(folder, trained, name, asked, machine, measure):
     try:
         with whole_file(file) as part:
             save_file(values | {"pictures": pictures}, part, {"config": json.dumps(trained), "measured": measurement})
-    except OSError as e:                                            # a run of someone else's, say
+    except (OSError, UserError) as e:                               # a run of someone else's, say
         warn(f"{e}: this measurement is not kept")
     return Row(*label(trained), values, pictures, costs, str(folder), trained, curve, machine)
 
@@ -244,8 +246,8 @@ def bootstrap(difference, resamples=10_000):
 
 
 def flip_test(difference, flips=10_000):
-    """How often a random choice of signs brings the mean of paired differences (n,) as far from zero as it is: a
-    two-sided p-value that holds for few clips, and for scores that rarely differ, too."""
+    """How often a random choice of signs brings the sum of paired differences (n,), one a clip, as far from zero as it
+    is: a two-sided p-value that holds for few clips, and for scores that rarely differ, too."""
     difference = difference.double()
     signs = torch.randint(2, (flips, len(difference)), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
     as_far = (signs @ difference).abs() >= difference.sum().abs() - 1e-9
@@ -266,8 +268,8 @@ def compare(title, pairs, metric, paper):
              "(random signs of the clips' differences, two-sided).", "",
              "| A above B | difference | interval | p | holds | paper's difference |", "|---|---|---|---|---|---|"]
     for a, b in pairs:
-        difference = a.each(metric) - b.each(metric)
-        (mean, low, high), p = bootstrap(difference), flip_test(difference)
+        mean, low, high = bootstrap(a.each(metric) - b.each(metric))
+        p = flip_test((a.values[metric] - b.values[metric]).nansum(1))
         theirs = [paper.get((row.method, row.rate), math.nan) for row in (a, b)]
         gap = "–" if math.isnan(sum(theirs)) else f"{theirs[0] - theirs[1]:+.2f}"
         holds = "undecided" if p >= 0.05 else "yes" if mean > 0 else "no"

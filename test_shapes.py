@@ -1747,7 +1747,8 @@ def write_checkpoint(path="tiny.safetensors", stage="finetune", method="proposed
     state = randomize(MemoryDiT("tiny", method)).state_dict()
     if change is not None:
         change(state)
-    config = {**dataclasses.asdict(finetune.FinetuneConfig(preset="tiny", method=method)), "stage": stage, "step": 7}
+    config = finetune.FinetuneConfig(preset="tiny", method=method, rate="4x4x2")
+    config = {**dataclasses.asdict(config), "stage": stage, "step": 7}
     save_file(state, path, {"config": json.dumps({**config, **claims})})
     return path
 
@@ -1979,6 +1980,14 @@ def test_flip_test_known_values():
     assert tables.flip_test(torch.zeros(20)) == 1 and tables.flip_test(torch.ones(40)) == pytest.approx(1e-4, rel=0.01)
     three = torch.tensor([100.0, 100, 100, *[0] * 120])     # three decisions more: nothing, whatever resampling says
     assert tables.flip_test(three) == pytest.approx(0.25, abs=0.02) and tables.flip_test(torch.ones(2)) > 0.4
+    row = lambda x: SimpleNamespace(name="a", method="a", rate="", values={"x": x}, each=lambda m: tables.per_clip(x))
+    a, b = torch.zeros(64, 3), torch.zeros(64, 3)
+    a[:40, 0] = b[:40, 0] = math.nan                                # what does not count changes nothing
+    a[50:54, 1] = 100                                               # four decisions: p = 1/8, however many clips
+    for x, said in ((a, "undecided"), (torch.full((8, 2), math.nan), "undecided"), (100 - b, "yes")):
+        line = tables.compare("", [(row(x), row(b[:len(x), :x.shape[1]]))], "x", {})[-1]
+        assert f"| {said} |" in line, line
+    assert 0.09 < tables.flip_test((a - b).nansum(1)) < 0.16
     noise = randn(400, 30, seed=3)
     assert 0.02 < np.mean([tables.flip_test(x, 500) < 0.05 for x in noise]) < 0.09       # wrong as often as it says
 
@@ -2080,7 +2089,7 @@ def test_few_held_out_clips_are_of_different_videos(tmp_path):
     assert [index[int(c.shard.stem.split("-")[1])][c.number][0] for c in held.clips] == names
 
 
-def test_captions_that_belong_to_no_video(tmp_path, refused, capsys):
+def test_captions_that_belong_to_no_video(tmp_path, capsys):
     for i in range(2):
         write_video(tmp_path / "videos" / f"{i}.mp4", 12, i)
     captions = tmp_path / "list.jsonl"
@@ -2091,6 +2100,43 @@ def test_captions_that_belong_to_no_video(tmp_path, refused, capsys):
     captions.write_text(line("0.mp4") + line("7.mp4"))
     cached(tmp_path / "videos", "--captions", captions)
     assert "1 captions belong to no video" in capsys.readouterr().err
+    captions.write_text(line("0.mp4") + line(None))
+    with pytest.raises(UserError, match="line 2: expected"):
+        cached(tmp_path / "videos", "--captions", captions)
+
+
+def test_split_never_trains_on_what_it_holds_out():
+    names = [f"{i}.mp4" for i in range(300)]
+    tenth = data.split(names)[1]                                    # two of them alone: one is still trained on
+    for some in names, tenth[:2], names[:2], names[:5]:
+        train, held_out = data.split(some)
+        assert held_out and train and sorted(train + held_out) == sorted(some)
+    assert 15 < len(tenth) < 45 and data.split(["a"]) == (["a"], ["a"])
+
+
+def test_stage_2_takes_the_presets_rate_as_stage_1_does(tmp_path, monkeypatch):
+    """By the defaults of both: it was refused once, None being compared with a rate."""
+    class Reached(Exception):
+        pass
+
+    def setup(config):
+        raise Reached
+    Path("runs/pretrain").mkdir(parents=True)
+    write_checkpoint("runs/pretrain/model.safetensors", stage="pretrain")
+    monkeypatch.setattr(finetune, "setup", setup)
+    with pytest.raises(Reached):
+        run(finetune.main, "--preset", "tiny", "--rate", "4x4x2")
+    with pytest.raises(Reached):
+        run(finetune.main, "--preset", "tiny")
+
+
+def test_a_dit_all_in_bf16_runs():
+    dit = tiny_dit(seed=1).bfloat16()
+    for m in dit.modules():
+        if isinstance(m, torch.nn.LayerNorm):                       # which a GPU's autocast runs in float32
+            m.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (forward_with_memory(dit) - forward_with_memory(tiny_dit(seed=1))).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("table", ("table1", "table2"))

@@ -157,10 +157,13 @@ class UMT5Prompts:
         beside = self.folder.parent / "tokenizer"
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(beside if beside.is_dir() else self.folder)
-            self.model = UMT5EncoderModel.from_pretrained(self.folder, torch_dtype=torch.bfloat16)
-            self.model.eval().to(device)
+            self.model = UMT5EncoderModel.from_pretrained(self.folder, torch_dtype=torch.bfloat16).eval()
         except (OSError, ValueError, RuntimeError) as e:
             raise UserError(f"--t5 {folder} cannot be read ({str(e).splitlines()[0]}): download it again") from None
+        try:
+            self.model.to(device)
+        except torch.OutOfMemoryError:
+            raise UserError(f"--t5 {folder} does not fit the memory of {device}: give --device cpu") from None
 
     @property
     def settings(self):
