@@ -28,8 +28,8 @@ from tqdm import tqdm
 import world
 from flags import parse_flags, run_command, run_main
 from model import PRESETS, UserError, get_preset, pad_replicate, pick_device
-from video import (VideoWriter, file_hash, find_videos, parse_entries, prompt_at, read_video, remove_leftovers,
-                   storyboard_beside, video_info, whole_file)
+from storyboard import parse_entries, prompt_at, storyboard_beside
+from video import VideoWriter, file_hash, find_videos, read_video, remove_leftovers, video_info, whole_file
 from wan import UMT5Prompts, WanCodec, ZeroPrompts
 from weights import open_safetensors, parse_json
 

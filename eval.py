@@ -31,10 +31,11 @@ import judge
 from data import (HISTORY_SECTIONS, Clip, Clips, make_codec, make_prompts, nearest_size, psnr, to_frames, to_pixels,
                   video_clips)
 from encoder import MemoryEncoder
+from figures import preview
 from finetune import ask
 from flags import run_command, run_main
 from model import UserError, autocast, euler, get_preset, pick_device
-from pretrain import PretrainConfig, Tools, collate, downsample, draw_retrieval, generator, preview
+from pretrain import PretrainConfig, Tools, collate, downsample, draw_retrieval, generator
 from tables import (EvalConfig, Row, compare, describe_machine, describe_runs, expected_pairs, first_seeds, interval,
                     measured, open_checkpoint, parse, parse_runs, plot, question, read_runs, stories, write_table)
 from video import contact_strip, read_video, video_info

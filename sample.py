@@ -22,7 +22,8 @@ from data import make_codec, make_prompts, nearest_size, to_frames, to_pixels, w
 from encoder import Memory, MemoryDiT, load_model
 from flags import parse_flags, run_main
 from model import PRESETS, UserError, autocast, euler, get_preset, merge_lora, pick_device
-from video import VideoWriter, contact_strip, parse_storyboard, prompt_at, read_video, storyboard_beside, video_info
+from storyboard import parse_storyboard, prompt_at, storyboard_beside
+from video import VideoWriter, contact_strip, read_video, video_info
 from weights import frozen_dtype, read_metadata
 
 

@@ -27,7 +27,8 @@ SAME = ("preset", "init", "data", "clips", "steps", "batch", "mask", "queries", 
         "optimizer", "warmup", "clip_grad", "ema", "held_out", "sample_steps", "sample_shift")
 # what a measurement depends on besides the weights: changed, a run is measured again
 SOURCES = [f"{name}.py" for name in ("model", "weights", "encoder", "data", "world", "wan", "video", "pretrain", "eval",
-                                     "consistency", "scores", "budget", "tables")]
+                                     "consistency", "scores", "budget", "tables",
+                                     "storyboard")]
 
 
 @dataclass

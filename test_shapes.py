@@ -60,8 +60,8 @@ from encoder import BLOCK_METHODS, Memory, MemoryDiT, MemoryEncoder
 from flags import field_help, run_main
 from model import PRESETS, DiT, DiTConfig, Preset, UserError, add_noise, attend, euler, pad_replicate, token_positions
 from pretrain import Tools, draw_retrieval
-from video import (VideoWriter, contact_strip, find_videos, parse_storyboard, prompt_at, read_video, storyboard_beside,
-                   video_info)
+from storyboard import parse_storyboard, prompt_at, storyboard_beside
+from video import VideoWriter, contact_strip, find_videos, read_video, video_info
 from weights import load_base, load_weights, open_safetensors, wan_name, weight_files
 
 torch.set_num_threads(1)            # everything here is so small that threads only wait for each other
@@ -3551,7 +3551,7 @@ def test_saving_costs_little(cache, monkeypatch, capsys):
         real(*a)
         saves.append(time.time() - started)
     monkeypatch.setattr(pretrain, "save", timed)
-    monkeypatch.setattr(pretrain, "evaluate_all", lambda *a: ({}, None))
+    monkeypatch.setattr("figures.evaluate_all", lambda *a: ({}, None))
     monkeypatch.setattr(pretrain, "accumulate_gradients", lambda *a, real=pretrain.accumulate_gradients: (
         steps.append(time.time()), real(*a))[1])
     run(pretrain.main, *flags(cache, preset="nano", out="run", steps=8, batch=8, save_every=4))
