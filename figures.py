@@ -16,7 +16,7 @@ def evaluate(config, tools, draw, model, clips, rows, device):
     """Sums of the figures over some rows of held-out clips of one size, the same at every call: the loss at fixed t;
     PSNR (dB, against the original pixels, or if they are not at hand against what the codec makes of them; without a
     decoder the squared error of latents) of one step from pure noise (the conditional mean), of the full sampler, and
-    of the sampler with the memory of the next clip, which must be clearly worse if the memory is read at all.
+    of both with the memory of the next clip, which must be clearly worse if the memory is read at all.
     And (truth, result) frames, or None."""
     batch = draw(config, tools, clips, rows, 0).to(device)
     with autocast(device):
@@ -28,7 +28,8 @@ def evaluate(config, tools, draw, model, clips, rows, device):
         made = {"one_step": sample(memory, 1), "": sample(memory)}
         if model.encoder and len(clips) > 1:
             other = draw(config, tools, clips, [(row + 1) % len(clips) for row in rows], 0).to(device)
-            made["wrong_memory"] = sample(model.encode(other.hr, other.lr))
+            wrong = model.encode(other.hr, other.lr)
+            made |= {"one_step_wrong_memory": sample(wrong, 1), "wrong_memory": sample(wrong)}
     if not tools.codec.decodes:
         sums |= {"_".join(["latent_mse", name][:1 + bool(name)]): (x - batch.target).square().flatten(1).mean(1).sum()
                  for name, x in made.items()}

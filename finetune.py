@@ -5,7 +5,7 @@ The same loss as stage 1 with another target (paper, section 3.2, equation 2):
     ‖(ε - X_0) - G_θ(X_t, t, c, φ(H))‖²         X_0: the section that follows H; c: its prompt
 
     python finetune.py                            φ from runs/pretrain, the DiT from the base again
-    python finetune.py --method none --init random --out runs/base         the base: the DiT alone, from prompts
+    python finetune.py --method none --init random         the base: the DiT alone, from prompts, in runs/base
 """
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from weights import load_weights, read_metadata
 
 @dataclass
 class FinetuneConfig(Config):
-    out: str = "runs/finetune"    # run folder: model.safetensors, state.pt, log.jsonl, previews
+    out: str = None               # run folder [runs/finetune; runs/base for --method none]
     encoder: str = "runs/pretrain"     # the stage-1 run whose φ is taken; "none" starts a fresh one (Without Pretrain)
     freeze_encoder: bool = False  # keep φ as it is (the paper's ablation)
     # The frames of a section are so alike that prompt and memory are needed only near t = 1: go there often.
@@ -96,6 +96,7 @@ def main():
     """Check the flags, build model and data, put φ of stage 1 into it, train."""
     config = parse_flags(FinetuneConfig, __doc__)
     check(config)
+    config.out = config.out or ("runs/base" if config.method == "none" else "runs/finetune")
     if config.freeze_encoder and config.method == "none":
         raise UserError("--freeze_encoder --method none: there is no memory encoder to freeze; drop one of the two")
     if config.freeze_encoder and config.encoder == "none":
@@ -109,7 +110,7 @@ def main():
         load_weights(model.encoder, [encoder], ours, device=next(model.parameters()).device)
         if rank == 0:
             trained = read_metadata(encoder)                        # it may have stopped early: say so
-            print(f"φ: {encoder}, step {trained.get('step')} of {trained.get('steps')}")
+            print(f"φ: {encoder}, of {trained['stage']}.py, step {trained.get('step')} of {trained.get('steps')}")
     if config.freeze_encoder:
         model.encoder.requires_grad_(False)
     train(config, "finetune", draw_continuation, replace(config, text_drop=0.0), model, *rest, rank, world, device)

@@ -1316,7 +1316,8 @@ def test_training_lowers_the_loss(stage1):
     found = losses(stage1)
     assert len(found) == 40 and np.mean(found[-8:]) < 0.85 * np.mean(found[:4])
     last = json.loads((stage1 / "log.jsonl").read_text().splitlines()[-1])
-    assert {"loss_t0.5", "psnr", "psnr_one_step", "psnr_wrong_memory", "grad_norm"} <= set(last)
+    assert {"loss_t0.5", "psnr", "psnr_one_step", "psnr_wrong_memory", "psnr_one_step_wrong_memory",
+            "grad_norm"} <= set(last)
     dit, config = encoder.load_model(stage1 / "model.safetensors")
     assert (config["stage"], config["step"], config["rate"]) == ("pretrain", 40, "4x4x2")
     assert {p.name for p in stage1.iterdir()} == {"log.jsonl", "model.safetensors", "preview_000040.png", "state.pt"}
@@ -1829,6 +1830,30 @@ def test_sample_takes_odd_clips(case):
     checkpoint = write_checkpoint(method="none" if case == "no memory" else "proposed")
     run(sample.main, "--history", "a.mkv", "--checkpoint", checkpoint, "--seconds=2", "--steps=1", "--save_file=b.mp4")
     assert len(read_video("b.mp4", 2, 32, 32)) == n + 4
+
+
+def test_sample_goes_on_from_what_is_left_of_a_video(capsys):
+    write_video("good.mp4")
+    whole = Path("good.mp4").read_bytes()
+    Path("half.mp4").write_bytes(whole[:len(whole) // 2])
+    run(sample.main, "--history", "half.mp4", "--checkpoint", write_checkpoint(), "--seconds=2", "--steps=1")
+    assert "half.mp4 is damaged or cut off" in capsys.readouterr().err and Path("out/half.mp4").is_file()
+
+
+def test_sample_takes_frames_that_are_not_numbers():
+    """Of a video in floating point; FFmpeg turns them into bytes."""
+    with av.open("a.mkv", "w") as file:
+        stream = file.add_stream("ffv1", rate=2, width=32, height=32, pix_fmt="gbrpf32le", options={
+            "strict": "experimental", "level": "4"})
+        for _ in range(6):
+            frame = av.VideoFrame(32, 32, "gbrpf32le")
+            for plane in frame.planes:
+                plane.update(np.full(plane.buffer_size // 4, math.nan, np.float32).tobytes())
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    run(sample.main, "--history", "a.mkv", "--checkpoint", write_checkpoint(), "--seconds=2", "--steps=1",
+        "--save_file=b.mp4")
+    assert len(read_video("b.mp4", 2, 32, 32)) == 6 + 4
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2862,8 +2887,12 @@ def test_sample_refuses_bad_histories(refused):
     Path("empty.mp4").touch()
     Path("cut.mp4").write_bytes(Path("good.mp4").read_bytes()[:300])
     write_sound("sound.mp4")
+    stage1 = write_checkpoint("stage1.safetensors", stage="pretrain")
     for name in "missing.mp4", "text.mp4", "empty.mp4", "cut.mp4", "sound.mp4", ".":
         assert name in refused(sample.main, "--checkpoint", checkpoint, "--history", name)
+        assert name in refused(evaluation.main, "retrieval", "--checkpoint", stage1, "--history", name)
+    write_video("short.mp4", 2)
+    assert "short.mp4" in refused(evaluation.main, "retrieval", "--checkpoint", stage1, "--history", "short.mp4")
     assert "--history" in refused(sample.main, "--checkpoint", checkpoint)
     same = refused(sample.main, "--checkpoint", checkpoint, "--history", "good.mp4", "--save_file", "./good.mp4")
     assert "--save_file" in same
@@ -2882,6 +2911,12 @@ def test_sample_refuses_bad_settings(refused):
         assert flag.strip("-") in refused(*common, f"{flag}={value}")
 
 
+def test_unknown_presets_are_refused_everywhere(refused):
+    for main, *command in ((pretrain.main,), (finetune.main,), (data.main, "story"), (evaluation.main, "speed"),
+                           (data.main, "cache", "--videos=a", "--out=b"), (sample.main, "--history=a", "--init=random")):
+        assert "--preset giant" in refused(main, *command, "--preset", "giant")
+
+
 def test_sample_refuses_bad_checkpoints(refused):
     write_video("good.mp4")
     torch.save(Bomb(), "pickle.safetensors")
@@ -2894,6 +2929,15 @@ def test_sample_refuses_bad_checkpoints(refused):
             ("pickle.safetensors", "pickle.safetensors"), ("missing.safetensors", "missing.safetensors")):
         assert says in refused(sample.main, "--checkpoint", path, "--history", "good.mp4")
     assert not Path("exploded").exists()
+
+
+def test_sample_writes_nothing_that_is_not_finite(capsys):
+    write_video("good.mp4")
+    checkpoint = write_checkpoint(change=lambda state: state["dit.head.head.weight"].fill_(3e38))
+    with pytest.raises(SystemExit) as stop:
+        run(sample.main, "--history", "good.mp4", "--checkpoint", checkpoint, "--save_file", "made/a.mp4")
+    assert stop.value.code == 2 and f"error: {checkpoint} makes numbers that are not finite" in capsys.readouterr().err
+    assert not [p for p in Path("made").rglob("*") if p.is_file()]
 
 
 def test_stages_refuse_bad_settings(refused, cache, tmp_path):
