@@ -2155,6 +2155,12 @@ def test_stage_2_takes_the_presets_rate_as_stage_1_does(tmp_path, monkeypatch):
         run(finetune.main, "--preset", "tiny")
 
 
+def test_the_base_has_a_folder_of_its_own(cache):
+    run(finetune.main, *flags(cache, method="none", steps=1))
+    run(finetune.main, *flags(cache, encoder="none", steps=1))
+    assert all(Path("runs", name, "model.safetensors").is_file() for name in ("base", "finetune"))
+
+
 def test_a_dit_all_in_bf16_runs():
     dit = tiny_dit(seed=1).bfloat16()
     for m in dit.modules():
