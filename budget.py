@@ -225,7 +225,7 @@ def budget(argv):
     """Predict parameters, tokens, FLOPs and memory of a preset from shapes alone; no weights are allocated."""
     config = parse_flags(BudgetConfig, budget.__doc__, argv)
     preset = get_preset(config.preset)
-    config.rate = config.rate or preset.rate
+    config.rate = preset.rate if config.rate is None else config.rate
     if config.gpus < 1 or not 0 < config.memory_gb < math.inf:
         raise UserError(f"--gpus {config.gpus} --memory_gb {config.memory_gb}: give at least 1 GPU and memory above 0")
     with torch.device("meta"):
@@ -428,7 +428,7 @@ def speed(argv):
     """Time the DiT beside diffusers' and plain matrix products, φ, and a section as the history grows (a plot)."""
     config = parse_flags(SpeedConfig, speed.__doc__, argv)
     preset, device = get_preset(config.preset), pick_device(config.device)
-    config.rate = config.rate or preset.rate
+    config.rate = preset.rate if config.rate is None else config.rate
     if config.repeats < 1 or config.batch < 1:
         raise UserError(f"--repeats {config.repeats} --batch {config.batch}: must be at least 1")
     if Path(config.out).suffix != ".png":

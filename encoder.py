@@ -263,7 +263,7 @@ class MemoryDiT(nn.Module):
         super().__init__()
         if method not in METHODS:
             raise UserError(f"--method {method}: choose one of {', '.join(METHODS)}")
-        rate = rate or get_preset(preset).rate
+        rate = get_preset(preset).rate if rate is None else rate
         self.preset, self.method, self.rate = preset, method, rate
         with torch.device("meta") if empty else contextlib.nullcontext():
             self.dit = DiT(get_preset(preset).dit)
