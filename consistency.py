@@ -179,9 +179,10 @@ def describe(rows, everything, config, ceiling):
              "true rendering among 16 (chance 6.25), ± 95 % interval over stories. Sections that count: "
              + ", ".join(f"{count} for {name}" for name, count in shown.items()) + ", where it is shown and was shown "
              "whole in the history that is still remembered. Hard: the 15 others have the same palette. Obeys: nearest "
-             "to the place asked for among the three of the story (chance 33.3). Position error: of the best match of the "
-             "whole character. PSNR: against the one right continuation. The truth after the codec scores "
-             + ", ".join(f"{ceiling[name].nanmean():.1f} ({name})" for name in MAIN) + f", PSNR {ceiling['psnr'].nanmean():.2f} dB.", "", *table(rows), "",
+             "to the place asked for among the three of the story (chance 33.3). Position error: of the best match of "
+             "the whole character. PSNR: against the one right continuation. The truth after the codec scores "
+             + ", ".join(f"{ceiling[name].nanmean():.1f} ({name})" for name in MAIN)
+             + f", PSNR {ceiling['psnr'].nanmean():.2f} dB.", "", *table(rows), "",
              "*In italics: the figures of the paper's first version, judged by a model on other data: only the order "
              "can be compared.* `keyframes` stands in for WanI2V + QwenEdit (2p), which needs two other models."]
     pairs = {"Neighbours in the table": list(zip(rows, rows[1:])), "Expected": expected_pairs(rows, EXPECTED)}

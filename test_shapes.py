@@ -1425,7 +1425,7 @@ def test_stage_2_takes_or_keeps_the_encoder(cache, stage1, monkeypatch, capsys):
     theirs = {k: v for k, v in load_file(stage1 / "model.safetensors").items() if k.startswith("encoder.")}
     trained, frozen, fresh = (load_file(f"{name}/model.safetensors") for name in ("trained", "frozen", "fresh"))
     assert theirs and all(torch.equal(frozen[k], v) for k, v in theirs.items())
-    assert capsys.readouterr().out.count(f"φ: {stage1}/model.safetensors, of pretrain.py, step ") == 2  # not the fresh
+    assert capsys.readouterr().out.count(f"φ: {stage1}/model.safetensors, of pretrain.py, step ") == 2
     gap = lambda a: sum((a[k] - v).square().sum() for k, v in theirs.items())
     assert 0 < gap(trained) < 0.5 * gap(fresh)                      # it starts from φ of stage 1 and moves on
     assert any(not torch.equal(frozen[k], v) for k, v in trained.items() if k.startswith("dit."))
