@@ -90,7 +90,8 @@ def continue_video(model, codec, texts, memory, config, size):
             x = euler(model.dit, noise, text[None].to(device), frames, memory.context(), config.steps, config.shift,
                       config.guidance).float()
             if not x.isfinite().all():
-                raise UserError(f"{config.checkpoint} makes numbers that are not finite: train it again, or name another")
+                raise UserError(f"{config.checkpoint} makes numbers that are not finite: train it again, or name "
+                                "another")
             memory.append(x)
         yield x, time.perf_counter() - started
 

@@ -2918,8 +2918,8 @@ def test_sample_refuses_bad_settings(refused):
 
 
 def test_unknown_presets_are_refused_everywhere(refused):
-    for main, *command in ((pretrain.main,), (finetune.main,), (data.main, "story"), (evaluation.main, "speed"),
-                           (data.main, "cache", "--videos=a", "--out=b"), (sample.main, "--history=a", "--init=random")):
+    for main, *command in ((pretrain.main,), (finetune.main,), (data.main, "story"), (evaluation.main, "speed"), (
+            sample.main, "--history=a", "--init=random"), (data.main, "cache", "--videos=a", "--out=b")):
         assert "--preset giant" in refused(main, *command, "--preset", "giant")
 
 
