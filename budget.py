@@ -289,20 +289,23 @@ def ratio(a, b):
 
 
 def diffusers_dit(dit):
-    """diffusers' WanTransformer3DModel with the weights of `dit`, or None where diffusers is not installed."""
+    """diffusers' WanTransformer3DModel with the weights of `dit`, not a copy of them, or None where diffusers is not
+    installed."""
     try:
         from diffusers import WanTransformer3DModel
     except ImportError:
         return None
     c, weights = dit.config, dit.state_dict()
-    theirs = WanTransformer3DModel(
-        patch_size=c.patch, num_attention_heads=c.heads, attention_head_dim=c.dim // c.heads, in_channels=c.in_dim,
-        out_channels=c.out_dim, text_dim=c.text_dim, freq_dim=c.freq_dim, ffn_dim=c.ffn_dim, num_layers=c.layers,
-        cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=c.eps, rope_max_seq_len=1024)
-    theirs.load_state_dict({name: weights[wan_name(name)] for name in theirs.state_dict()})
+    with torch.device("meta"):
+        theirs = WanTransformer3DModel(
+            patch_size=c.patch, num_attention_heads=c.heads, attention_head_dim=c.dim // c.heads, in_channels=c.in_dim,
+            out_channels=c.out_dim, text_dim=c.text_dim, freq_dim=c.freq_dim, ffn_dim=c.ffn_dim, num_layers=c.layers,
+            cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=c.eps, rope_max_seq_len=1024)
+    theirs.load_state_dict({name: weights[wan_name(name)] for name in theirs.state_dict()}, assign=True)
+    theirs.rope = type(theirs.rope)(c.dim // c.heads, c.patch, 1024)            # its tables are no weights
     if dit.recompute:
         theirs.enable_gradient_checkpointing()
-    return theirs.to(dit.head.head.weight)
+    return theirs.to(dit.head.head.weight.device)
 
 
 def compiled_twin(dit):
@@ -397,6 +400,8 @@ def measure_growth(config, preset, dit, rate):
         try:
             times = alternate(jobs, config.repeats, device)
         except torch.OutOfMemoryError:      # of the uncompressed history
+            times = {}
+        if not times:                       # not inside `except`: the error holds on to what did not fit
             times = alternate({0: jobs[0]}, config.repeats, device)
         for i in {0, 1} - set(times):
             tqdm.write(f"skipped: {seconds} s of history as {tokens[i]:,} tokens, too much memory or time "

@@ -23,7 +23,8 @@ from model import UserError, autocast, euler, get_preset, pick_device
 from pretrain import downsample, generator
 from scores import MAIN, score
 from tables import (EvalConfig, compare, describe_machine, describe_runs, expected_pairs, first_seeds, interval,
-                    measured, open_checkpoint, parse_runs, per_clip, plot, question, read_runs, write_csv, write_table)
+                    measured, open_checkpoint, parse_runs, per_clip, plot, question, read_runs, wilson, write_csv,
+                    write_table)
 from video import VideoWriter, contact_sheet, contact_strip
 
 SHOWN = 2           # stories in the video
@@ -35,7 +36,7 @@ SHOWN = 2           # stories in the video
 @torch.no_grad()
 def continue_stories(model, tools, clips, first, sections, config):
     """Write sections from number `first` on, each from all before it: uint8 (n, S, F, H, W, 3)."""
-    preset, codec, device, made = tools.preset, tools.codec, next(model.parameters()).device, []
+    preset, codec, device, made = tools.preset, tools.codec, tools.device, []
     for start in tqdm(range(0, len(clips), config.batch), desc=f"continuing, {model.method}"):
         rows = range(start, min(start + config.batch, len(clips)))
         hr = torch.cat([clips[row].cut(0, first * preset.section) for row in rows]).to(device)
@@ -58,7 +59,7 @@ def continue_stories(model, tools, clips, first, sections, config):
 def costs(model, tools, clip, config):
     """{column: value} of writing a section after a full history of one clip: memory tokens; FLOPs and milliseconds of
     all the sampler's forwards (one is timed, the median of 5) and of φ of the new section."""
-    preset, device = tools.preset, next(model.parameters()).device
+    preset, device = tools.preset, tools.device
     hr, calls = clip.cut(0, preset.history).to(device), config.steps * (1 if config.guidance == 1 else 2)
     new = hr[:, :, -preset.section:]
     with torch.no_grad(), autocast(device), FlopCounterMode(display=False) as counter:
@@ -186,12 +187,13 @@ def describe(rows, everything, config, ceiling):
              "*In italics: the figures of the paper's first version, judged by a model on other data: only the order "
              "can be compared.* `keyframes` stands in for WanI2V + QwenEdit (2p), which needs two other models."]
     pairs = {"Neighbours in the table": list(zip(rows, rows[1:])), "Expected": expected_pairs(rows, EXPECTED)}
-    for title, metric, column in (("Neighbours in the table", "consistency", None), ("Expected", "consistency", None),
-                                  ("Expected", "cloth", 0), ("Expected", "identity", 1), ("Expected", "object", 2)):
+    for title, metrics, column in (("Neighbours in the table", MAIN, None), ("Expected", MAIN, None),
+                                   ("Expected", ["cloth"], 0), ("Expected", ["identity"], 1),
+                                   ("Expected", ["object"], 2)):
         theirs = {} if column is None else {row: figures[column] for row, figures in PAPER.items()}
-        name = "the mean of the four" if metric == "consistency" else metric
-        lines += compare(f"{title}: difference in {name} on the same stories, percentage points", pairs[title], metric,
-                         theirs)
+        name = "the mean of the four" if metrics == MAIN else metrics[0]
+        lines += compare(f"{title}: difference in {name} on the same stories, percentage points", pairs[title], metrics,
+                         theirs, everything)
     return lines + describe_runs(everything, "consistency", "the mean of the four", "percentage points")
 
 
@@ -333,15 +335,18 @@ def story(argv):
             for axes, x in zip(panels, by_absence.values()):
                 axes.plot(seconds, x.mean(1), marker=".", label=row.name)
             for k, s in enumerate(seconds):
-                found = {name: interval(x[k]) for name, x in by_absence.items()}
-                records.append({"method": row.method, "rate": row.rate, "seconds_absent": s, "clips": config.clips, **{
-                    name + end: value for name, (mean, half) in found.items()
-                    for end, value in (("", mean), ("_low", mean - half), ("_high", mean + half))}})
+                r = {"method": row.method, "rate": row.rate, "run": row.folder, "step": row.trained["step"],
+                     "seed": row.trained["seed"], "seconds_absent": s, "clips": config.clips}
+                for name, x in by_absence.items():                  # right or wrong, a story each
+                    low, high = wilson((x[k] == 100).sum().item(), config.clips)
+                    r |= {name: x[k].mean().item(), f"{name}_low": 100 * low, f"{name}_high": 100 * high}
+                records.append(r)
         for axes in panels:
             axes.axhline(100 / 16, color="grey", linestyle=":", label="chance")
     write_csv(f"{stem}.csv", records)
     for r in records:
-        print(f"{r['method']:18}{r['rate']:8}{r['seconds_absent']:4g} s absent: cloth {r['cloth']:5.1f} %, identity "
-              f"{r['identity']:5.1f} %")
+        print(f"{r['method']:18}{r['rate']:8}step {r['step']}, seed {r['seed']}, {r['seconds_absent']:4g} s absent: "
+              + ", ".join(f"{name} {r[name]:5.1f} % ({r[f'{name}_low']:.0f} to {r[f'{name}_high']:.0f})"
+                          for name in ("cloth", "identity")))
     print(f"{config.clips} stories, {config.steps} Euler steps, guidance {config.guidance:g}, seed {config.seed}; "
           f"wrote {stem}.csv and .png")

@@ -308,12 +308,17 @@ def nearest_size(preset, info):
     return min(preset.sizes, key=lambda size: abs(math.log(size[0] / size[1]) - shape))
 
 
+def read_clip(path, preset):
+    """A whole video at the preset's frame rate and nearest size, uint8 (F, H, W, 3)."""
+    return read_video(path, preset.fps, *nearest_size(preset, video_info(path)))
+
+
 def encode_video(path, preset, codec, cache):
     """Latents (C, F, h, w) float16 of a whole video, cached under its content and all settings that matter."""
     key = hashlib.sha256(repr((preset.fps, preset.sizes, codec.settings, file_hash(path))).encode()).hexdigest()
     file = Path(cache) / "videos" / f"{key[:24]}.safetensors"
     if not file.exists():
-        frames = read_video(path, preset.fps, *nearest_size(preset, video_info(path)))
+        frames = read_clip(path, preset)
         latents = codec.encode(to_pixels(frames[:codec.frames(len(frames))])[None])[0]
         with whole_file(file) as part:
             save_file({"latents": latents.half().contiguous()}, part)
@@ -367,7 +372,7 @@ def video_clips(folder, preset, codec, cache):
         warn(LONE_VIDEO)
     for name in held_out:
         path = Path(folder) / name
-        pixels = read_video(path, preset.fps, *nearest_size(preset, video_info(path)))
+        pixels = read_clip(path, preset)
         clips[name].pixels = pixels[:codec.frames(len(pixels)):codec.stride[0]]     # as codec.show() shows latents
     full = preset.history + preset.section
     return Clips([clips[name] for name in train], full), Clips([clips[name] for name in held_out], full)
@@ -670,6 +675,8 @@ def write_story(argv):
     """Write a held-out story of the paper-doll world as a video, with its storyboard beside it."""
     config = parse_flags(StoryConfig, write_story.__doc__, argv)
     preset = get_preset(config.preset)
+    if preset.codec != "dct":
+        raise UserError(f"--preset {config.preset}: the paper-doll world is made for nano and small")
     if config.index < 0:
         raise UserError(f"--index {config.index}: stories are numbered from 0")
     story, frames = story_pixels("held-out", config.index, preset)
@@ -679,7 +686,8 @@ def write_story(argv):
     lines = [f"{k * preset.section / preset.fps:g}s: {world.caption(story, k)}\n" for k in range(STORY_SECTIONS)]
     storyboard = Path(config.out).with_suffix(".txt")
     storyboard.write_text("".join(lines))
-    print(f"wrote {config.out} and {storyboard}; continue it: python sample.py --history {config.out}")
+    print(f"wrote {config.out} and {storyboard}"
+          + ("" if config.truth else f"; continue it: python sample.py --history {config.out}"))
 
 
 def main():

@@ -297,7 +297,8 @@ class Memory:
 
     most: keep at most this many of the newest whole segments (None: all). A causal codec's lone first latent stays
     until the first segment has to go. codec gives the low-resolution history.
-    The two pictures of --method keyframes stay whatever `most` is: the first is the point of that method.
+    The two pictures of --method keyframes stay whatever `most` is: the first is the point of that method. (sample.py
+    appends the newest --memory_seconds of a clip alone, so the first is the first of those.)
     """
 
     def __init__(self, model, codec, most=None):

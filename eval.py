@@ -15,7 +15,6 @@ Every figure is printed with what produced it: checkpoint, step, seed, clips, sa
 """
 import math
 import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,17 +27,17 @@ from tqdm import tqdm
 import budget
 import consistency
 import judge
-from data import (HISTORY_SECTIONS, Clip, Clips, make_codec, make_prompts, nearest_size, psnr, to_frames, to_pixels,
+from data import (HISTORY_SECTIONS, Clip, Clips, make_codec, make_prompts, psnr, read_clip, to_frames, to_pixels,
                   video_clips)
 from encoder import MemoryEncoder
 from figures import preview
 from finetune import ask
 from flags import run_command, run_main
-from model import UserError, autocast, euler, get_preset, pick_device
+from model import UserError, autocast, euler, first_line, get_preset, pick_device
 from pretrain import PretrainConfig, Tools, collate, downsample, draw_retrieval, generator
 from tables import (EvalConfig, Row, compare, describe_machine, describe_runs, expected_pairs, first_seeds, interval,
                     measured, open_checkpoint, parse, parse_runs, plot, question, read_runs, stories, write_table)
-from video import contact_strip, read_video, video_info
+from video import contact_strip
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
@@ -82,7 +81,7 @@ def load_published(module, folder, pattern, rename):
             state = torch.load(path, map_location="cpu", weights_only=True)
         found = {rename(name): value.float() for name, value in state.items() if rename(name)}
     except Exception as e:
-        raise UserError(f"{path} is no file of weights ({str(e).splitlines()[0]}): download it again") from None
+        raise UserError(f"{path} is no file of weights ({first_line(e)}): download it again") from None
     wanted = module.state_dict()
     for name in {**wanted, **found}:
         here, there = (tuple(x[name].shape) if name in x else "not there" for x in (wanted, found))
@@ -173,7 +172,7 @@ class Table1Config(PictureConfig):
 def own_clip(config, tools):
     """The video --history as a dataset of one clip, with its original pixels."""
     preset, codec = tools.preset, tools.codec
-    frames = read_video(config.history, preset.fps, *nearest_size(preset, video_info(config.history)))
+    frames = read_clip(config.history, preset)
     frames = frames[:codec.frames(len(frames))]
     least = preset.section * codec.stride[0] + codec.causal
     if len(frames) < least:
@@ -188,13 +187,12 @@ def reconstruct(model, tools, draw, n_clips, config, controls=True):
     codec, its ceiling; one_step, from pure noise at once; model, the full sampler; and, as controls, the same with
     no_memory, and with wrong_memory, that of the next clip (if there is one). And age (n, F'), how many latent frames
     before the newest of the history each belongs. model: None for truth, codec and age alone."""
-    device = next(model.parameters()).device if model else pick_device(config.device)
     results = {}
     for first in tqdm(range(0, n_clips, config.batch), desc="evaluating"):
         rows = range(first, min(first + config.batch, n_clips))
-        batch = draw(rows).to(device)
+        batch = draw(rows).to(tools.device)
         made = {"truth": batch.truth, "age": batch.hr.shape[2] - 1 - batch.frames, "codec": batch.target}
-        with autocast(device):
+        with autocast(tools.device):
             def sample(memory, steps=config.steps):
                 return euler(model.dit, batch.noise, batch.text, batch.frames, memory, steps, config.shift).float()
             if model:
@@ -203,7 +201,7 @@ def reconstruct(model, tools, draw, n_clips, config, controls=True):
             if controls:
                 made["no_memory"] = sample(None)
             if controls and n_clips > 1:
-                other = draw([(row + 1) % n_clips for row in rows]).to(device)
+                other = draw([(row + 1) % n_clips for row in rows]).to(tools.device)
                 made["wrong_memory"] = sample(model.encode(other.hr, other.lr))
         for name, x in made.items():
             x = x if name in ("truth", "age") else to_frames(tools.codec.show(batch.hr, x, batch.frames))
@@ -291,30 +289,29 @@ def retrieve(model, tools, clips, config, lpips):
 def costs(model, tools, size):
     """{column: value} of φ of a full history of latents of this size: tokens, parameters, and time (median of 5, on one
     clip; the low-resolution history included for methods that read it)."""
-    p, device = tools.preset, next(model.parameters()).device
+    p, device = tools.preset, tools.device
     hr = torch.randn(1, p.dit.in_dim, p.history, *size, device=device)
-    lr, milliseconds = downsample(tools, hr), []
-    for _ in range(6):
-        started = time.perf_counter()
-        with torch.no_grad(), autocast(device):
-            lr = downsample(tools, hr) if model.method in ("proposed", "only-lr") else lr
-            tokens = model.encode(hr, lr)[0].shape[1]
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        milliseconds.append(1000 * (time.perf_counter() - started))
+    lr = downsample(tools, hr)
+
+    def encode():
+        return model.encode(hr, downsample(tools, hr) if model.method in ("proposed", "only-lr") else lr)
+    with torch.no_grad(), autocast(device):
+        tokens = encode()[0].shape[1]
+        seconds = budget.alternate({"φ": encode}, 5, device)["φ"]
     return {"tokens_per_second": tokens * p.fps / (p.history * tools.codec.stride[0]),
             "channels_per_latent_value": tokens * p.dit.dim / hr.numel(),
             "encoder_parameters": sum(x.numel() for x in model.encoder.parameters()),
-            "encoder_ms": round(statistics.median(milliseconds[1:]), 2)}        # the first one warms up
+            "encoder_ms": round(1000 * statistics.median(seconds), 2)}
 
 
-def differences(rows):
+def differences(rows, everything):
     """Lines of Markdown: paired differences between neighbours of the table, then between what the paper puts in order.
-    rows: without the codec, best first."""
+    rows: without the codec, best first; everything: the rows of all seeds."""
     theirs = {row: figures[0] for row, figures in PAPER.items()}
     return [line for title, pairs in (("Neighbours in the table", list(zip(rows, rows[1:]))),
                                       ("The paper's order", expected_pairs(rows, EXPECTED)))
-            for line in compare(f"{title}: difference in PSNR on the same clips, dB", pairs, "psnr", theirs)]
+            for line in compare(f"{title}: difference in PSNR on the same clips, dB", pairs, ["psnr"], theirs,
+                                everything)]
 
 
 def record(row):
@@ -359,7 +356,8 @@ def describe(rows, everything, config, n_clips):
             f"{trained['steps']} steps of {trained['batch']} clips of {trained['data']}, from {trained['init']}, "
             f"--mask {trained['mask']}, preset {trained['preset']}.", "", *table(rows), "",
             "*In italics: the figures of the paper's first version. Other data, another base, another codec: only the "
-            "order can be compared.*", *differences(rows[1:]), *describe_runs(everything, "psnr", "PSNR", "dB")]
+            "order can be compared.*", *differences(rows[1:], everything),
+            *describe_runs(everything, "psnr", "PSNR", "dB")]
 
 
 def by_age(values, ages, section):
@@ -407,7 +405,7 @@ def table1(argv):
     everything = [measured(folder, trained, stem.name, asked, machine, lambda: measure_run(folder))
                   for folder, trained in runs.items()]
     # the encoder is there for its segments alone: the codec's figures are those of what it puts into them
-    tools = Tools(preset, codec, make_prompts(preset), MemoryEncoder("full", "1x1x1", name))
+    tools = Tools(preset, codec, make_prompts(preset), MemoryEncoder("full", "1x1x1", name), pick_device(config.device))
     ceiling, ages, pictures = retrieve(None, tools, clips, config, lpips)
     rows = [Row("codec", "", ceiling["codec"], pictures["codec"], {}),
             *sorted(first_seeds(everything), key=lambda row: row.psnr.mean(), reverse=True)]

@@ -12,49 +12,49 @@ LOSS_TIMES = (0.25, 0.5, 0.75, 0.95, 0.99)
 
 
 @torch.no_grad()
-def evaluate(config, tools, draw, model, clips, rows, device):
+def evaluate(config, tools, draw, model, clips, rows):
     """Sums of the figures over some rows of held-out clips of one size, the same at every call: the loss at fixed t;
     PSNR (dB, against the original pixels, or if they are not at hand against what the codec makes of them; without a
     decoder the squared error of latents) of one step from pure noise (the conditional mean), of the full sampler, and
     of both with the memory of the next clip, which must be clearly worse if the memory is read at all.
     And (truth, result) frames, or None."""
-    batch = draw(config, tools, clips, rows, 0).to(device)
-    with autocast(device):
+    batch = draw(config, tools, clips, rows, 0).to(tools.device)
+    with autocast(tools.device):
         def sample(memory, steps=config.sample_steps):
             return euler(model.dit, batch.noise, batch.text, batch.frames, memory, steps, config.sample_shift).float()
         memory = model.encode(batch.hr, batch.lr)
         sums = {f"loss_t{t}": flow_loss(model.dit, batch.target, batch.noise, torch.full_like(batch.t, t), batch.text,
                                         batch.frames, memory).sum() for t in LOSS_TIMES}
-        made = {"one_step": sample(memory, 1), "": sample(memory)}
+        made = {"_one_step": sample(memory, 1), "": sample(memory)}
         if model.encoder and len(clips) > 1:
-            other = draw(config, tools, clips, [(row + 1) % len(clips) for row in rows], 0).to(device)
+            other = draw(config, tools, clips, [(row + 1) % len(clips) for row in rows], 0).to(tools.device)
             wrong = model.encode(other.hr, other.lr)
-            made |= {"one_step_wrong_memory": sample(wrong, 1), "wrong_memory": sample(wrong)}
+            made |= {"_one_step_wrong_memory": sample(wrong, 1), "_wrong_memory": sample(wrong)}
     if not tools.codec.decodes:
-        sums |= {"_".join(["latent_mse", name][:1 + bool(name)]): (x - batch.target).square().flatten(1).mean(1).sum()
-                 for name, x in made.items()}
+        sums |= {f"latent_mse{name}": (x - batch.target).square().flatten(1).mean(1).sum() for name, x in made.items()}
         return sums, None
     show = lambda x: to_frames(tools.codec.show(batch.hr, x, batch.frames))
     truth = show(batch.target) if batch.truth is None else batch.truth
     frames = {name: show(x) for name, x in made.items()}
-    sums |= {"_".join(["psnr", name][:1 + bool(name)]): psnr(x, truth).mean(1).sum() for name, x in frames.items()}
+    sums |= {f"psnr{name}": psnr(x, truth).mean(1).sum() for name, x in frames.items()}
     return sums, (truth.cpu(), frames[""].cpu())
 
 
-def evaluate_all(config, tools, draw, model, clips, rank, world, device):
+def evaluate_all(config, tools, draw, model, clips):
     """Means of the figures over all held-out clips, which the processes share; and pictures of this process's first
     ones."""
     totals, counts, pictures = {}, {}, None
     for members in clips.buckets.values():                          # a batch is of one size, and full or shorter
-        rows = range(rank, len(members), world)
-        if rows:
-            sums, made = evaluate(config, tools, draw, model, [clips[i] for i in members], rows, device)
+        mine = range(tools.rank, len(members), tools.world)
+        for i in range(0, len(mine), config.micro_batch):
+            rows = mine[i:i + config.micro_batch]
+            sums, made = evaluate(config, tools, draw, model, [clips[i] for i in members], rows)
             for name, value in sums.items():
                 totals[name] = totals.get(name, 0) + value.item()
                 counts[name] = counts.get(name, 0) + len(rows)
             pictures = pictures or made
-    if world > 1:
-        gathered = [None] * world
+    if tools.world > 1:
+        gathered = [None] * tools.world
         dist.all_gather_object(gathered, (totals, counts))
         names = dict.fromkeys(name for part, _ in gathered for name in part)
         totals, counts = ({name: sum(part[k].get(name, 0) for part in gathered) for name in names} for k in (0, 1))
@@ -70,9 +70,9 @@ def preview(path, truth, result, n_clips=4):
     contact_strip(rows, path)
 
 
-def look(config, tools, draw, model, held_out, step, rank, world, device):
+def look(config, tools, draw, model, held_out, step):
     """{name: figure} of the held-out clips, and a preview of the first ones."""
-    figures, pictures = evaluate_all(config, tools, draw, model, held_out, rank, world, device)
-    if rank == 0 and pictures:
+    figures, pictures = evaluate_all(config, tools, draw, model, held_out)
+    if tools.rank == 0 and pictures:
         preview(Path(config.out) / f"preview_{step + 1:06d}.png", *pictures)
     return {name: round(value, 4) for name, value in figures.items()}

@@ -41,22 +41,22 @@ def draw_continuation(config, tools, clips, rows, step):
     g = generator(config.seed, step)
     waiting = int(torch.randint(section, (), generator=g)) * int(torch.randint(2, (), generator=g))
 
-    def begins(clip, n):
+    def begins(clip, n, waiting):
         """Where a target may begin after n sections and the waiting frames. A causal codec's first latent is unlike all
         others, so that its history begins where the clip does."""
         least = lone + n * section + waiting
         return [b for b in clip.targets(n, section) if (b == least if lone else b >= least)]
-    possible = lambda: [n for n in range(1, (tools.preset.history - lone - waiting) // section + 1)
-                        if all(begins(clip, n) for clip in clips)]
-    lengths = possible()
+    possible = lambda waiting: [n for n in range(1, (tools.preset.history - lone - waiting) // section + 1)
+                                if all(begins(clip, n, waiting) for clip in clips)]
+    lengths = possible(waiting)
     if not lengths:                                                 # too much is asked of one of the clips
         waiting = 0
-        lengths = possible()
+        lengths = possible(waiting)
     length = lengths[int(torch.randint(len(lengths), (), generator=g))]
     parts = []
     for row in rows:
         clip, g = clips[row], generator(config.seed, step, row)
-        choices = begins(clip, length)
+        choices = begins(clip, length, waiting)
         begin = choices[int(torch.randint(len(choices), (), generator=g))]
         text = clip.text(begin, tools.prompts) if torch.rand((), generator=g) >= config.text_drop else None
         parts.append(ask(tools, clip, begin - length * section - waiting - lone, begin, text,
@@ -104,16 +104,16 @@ def main():
                         "the two")
     resumed = config.resume and (Path(config.out) / "state.pt").is_file()       # then φ comes from there
     encoder = None if resumed else encoder_file(config)
-    model, *rest, rank, world, device = setup(config)
+    model, clips, held_out, tools = setup(config)
     if encoder:
         ours = lambda name: name.removeprefix("encoder.") if name.startswith("encoder.") else None
-        load_weights(model.encoder, [encoder], ours, device=next(model.parameters()).device)
-        if rank == 0:
+        load_weights(model.encoder, [encoder], ours, device=tools.device)
+        if tools.rank == 0:
             trained = read_metadata(encoder)                        # it may have stopped early: say so
             print(f"φ: {encoder}, of {trained['stage']}.py, step {trained.get('step')} of {trained.get('steps')}")
     if config.freeze_encoder:
         model.encoder.requires_grad_(False)
-    train(config, "finetune", draw_continuation, replace(config, text_drop=0.0), model, *rest, rank, world, device)
+    train(config, "finetune", draw_continuation, replace(config, text_drop=0.0), model, clips, held_out, tools)
 
 
 if __name__ == "__main__":

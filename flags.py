@@ -34,6 +34,8 @@ def parse_flags(cls, description, argv=None, aliases={}):
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]
+        if not flag.startswith("-"):
+            raise UserError(f"{flag} belongs to no flag; folders and files without one stand before the flags")
         near = difflib.get_close_matches(flag, parser._option_string_actions, 3, 0.5)
         raise UserError(f"unknown flag {flag}" + (f"; did you mean {' or '.join(near)}?" if near else "; see --help"))
     if not 0 <= getattr(known, "seed", 0) < 2**63:

@@ -25,6 +25,11 @@ class UserError(ValueError):
     """A mistake of the user's: shown as one line (what was given, what is expected, what to do), exit code 2."""
 
 
+def first_line(error):
+    """What an exception says, in one line."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
 @dataclass
 class DiTConfig:
     dim: int                      # D, width

@@ -10,6 +10,7 @@ The DiT must denoise randomly chosen frames of a 20 s history given φ of it (pa
 import contextlib
 import hashlib
 import json
+import math
 import os
 import signal
 import time
@@ -28,7 +29,7 @@ from data import make_codec, make_prompts, open_dataset
 from encoder import BLOCK_METHODS, FRAME_METHODS, METHODS, MemoryDiT, parse_rate
 from figures import look
 from flags import parse_flags, run_main
-from model import Preset, UserError, add_lora, add_noise, autocast, get_preset, pick_device, sample_t
+from model import Preset, UserError, add_lora, add_noise, autocast, first_line, get_preset, pick_device, sample_t
 from optim import EMA, learning_rate, make_optimizers
 from video import remove_leftovers, whole_file
 from wan import comfy_name
@@ -92,6 +93,9 @@ class Batch:
     text: torch.Tensor      # (B, L, text_dim)
     truth: object = None    # (B, F', height, width, 3) original pixels, uint8, of held-out clips
 
+    def pin(self):
+        return Batch(**{k: v if v is None else v.pin_memory() for k, v in vars(self).items()})
+
     def to(self, device):
         return Batch(**{k: v if v is None else v.to(device, non_blocking=True) for k, v in vars(self).items()})
 
@@ -105,11 +109,14 @@ def generator(*key):
 
 @dataclass
 class Tools:
-    """What a stage needs to turn clips into batches."""
+    """What turns clips into batches, and which of the processes this one is."""
     preset: Preset
     codec: object
     prompts: object             # text -> (L, text_dim)
     encoder: object             # φ, or None for --method none
+    device: torch.device
+    rank: int = 0
+    world: int = 1              # number of processes
 
 
 def downsample(tools, hr):
@@ -173,10 +180,13 @@ def start_processes(config):
     device = pick_device(config.device)
     if "RANK" not in os.environ:
         return 0, 1, device
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
+    wait = timedelta(hours=2)       # for the first process, which may fill the cache
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=wait, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=wait)
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -213,13 +223,13 @@ def resume(config, stage, model, ema, optimizers):
         if state["stage"] != stage:
             raise ValueError(f"it is of {state['stage']}.py")
     except Exception as e:
-        raise UserError(f"--resume: {path} cannot be read ({str(e).partition(chr(10))[0] or type(e).__name__}); "
+        raise UserError(f"--resume: {path} cannot be read ({first_line(e)}); "
                         "start again in another folder") from None
     free = ("steps", "out", "device", "compile", "resume", "cache", "save_every", "micro_batch", "held_out",
             "sample_steps", "sample_shift", "vae")
     for key, value in theirs.items():
-        if key not in free and value != getattr(config, key):
-            raise UserError(f"--resume: {path} was made with --{key} {value}, not {getattr(config, key)}; "
+        if key not in free and value != getattr(config, key, None):
+            raise UserError(f"--resume: {path} was made with --{key} {value}, not {getattr(config, key, None)}; "
                             "give the same flags")
     held = model.state_dict()
     ours = {name: held[name] for name in model.saved_names()}
@@ -235,17 +245,18 @@ def resume(config, stage, model, ema, optimizers):
     return step
 
 
-def describe(config, model, tools, world):
+def describe(config, model, tools):
     """Print what is about to be trained."""
     count = lambda module: sum(p.numel() for p in module.parameters() if p.requires_grad) / 1e6
     print(f"training {count(model.dit):.1f} M parameters of the DiT" +
           (f", {count(model.encoder):.1f} M of the memory encoder" if model.encoder else ""))
+    world = tools.world
     print(f"batch {config.batch} = {world} process{'es' * (world > 1)} x {config.batch / world:g} clips, "
           f"at most {config.micro_batch} at once")
     if model.encoder:
         p = tools.preset
         height, width = (size // stride for size, stride in zip(p.sizes[0], tools.codec.stride[1:]))    # of a latent
-        history = torch.zeros(1, p.dit.in_dim, p.history, height, width, device=next(model.parameters()).device)
+        history = torch.zeros(1, p.dit.in_dim, p.history, height, width, device=tools.device)
         with torch.no_grad():
             tokens = model.encode(history, downsample(tools, history))[0].shape[1]
         print(f"memory: {tokens} tokens for a history of {p.history} latents of {height}x{width} (uncompressed: "
@@ -263,15 +274,16 @@ def start_log(out, first):
         path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first))
 
 
-def draws(config, tools, draw, clips, first, rank, world):
+def draws(config, tools, draw, clips, first):
     """Yield this process's micro-batches from step `first` on, each with whether it is the last of its step. A thread
     draws the next one while one is computed."""
-    mine = range(rank, config.batch, world)                         # rows of the global batch that are this process's
+    mine = range(tools.rank, config.batch, tools.world)             # rows of the global batch that are this process's
     micros = [mine[i:i + config.micro_batch] for i in range(0, len(mine), config.micro_batch)]
 
     def make(step, rows):
-        batch = [clips[i] for i in clips.batch(step, config.batch, config.seed)]
-        return draw(config, tools, batch, rows, step), rows is micros[-1]
+        batch = draw(config, tools, [clips[i] for i in clips.batch(step, config.batch, config.seed)], rows, step)
+        # from pinned memory a copy to the GPU runs beside what the GPU computes
+        return batch.pin() if tools.device.type == "cuda" else batch, rows is micros[-1]
     tasks = ((step, rows) for step in range(first, config.steps) for rows in micros)
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(make, *next(tasks))
@@ -281,28 +293,28 @@ def draws(config, tools, draw, clips, first, rank, world):
         yield coming.result()
 
 
-def accumulate_gradients(config, ddp, batches, world, device):
+def accumulate_gradients(config, tools, ddp, batches):
     """Gradients of the mean loss over the global batch, whatever the number of processes and micro-batches: the next
     ones of `batches`, see draws(). Returns the sum of this process's losses."""
-    total, last = torch.zeros((), device=device), False
+    total, last = torch.zeros((), device=tools.device), False
     while not last:
         batch, last = next(batches)
-        batch = batch.to(device)
-        with contextlib.nullcontext() if world == 1 or last else ddp.no_sync():
-            with autocast(device):
+        batch = batch.to(tools.device)
+        with contextlib.nullcontext() if tools.world == 1 or last else ddp.no_sync():
+            with autocast(tools.device):
                 loss = ddp(batch.hr, batch.lr, batch.target, batch.frames, batch.noise, batch.t, batch.text).sum()
-            (loss * world / config.batch).backward()                # DDP averages over processes: undo it
+            (loss * tools.world / config.batch).backward()          # DDP averages over processes: undo it
         total += loss.detach()
     return total
 
 
-def take_step(config, ddp, optimizers, ema, batches, step, world, device):
+def take_step(config, tools, ddp, optimizers, ema, batches, step):
     """One step, skipped where the gradient is not finite (the same on every process: gradients are shared). Returns
     (the sum of this process's losses, the norm of the gradient)."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate(step, config)
-    total = accumulate_gradients(config, ddp, batches, world, device)
+    total = accumulate_gradients(config, tools, ddp, batches)
     norm = torch.nn.utils.clip_grad_norm_(ema.params, config.clip_grad)
     if norm.isfinite():
         for optimizer in optimizers:
@@ -321,44 +333,69 @@ def share(loss, signals, world):
     return shared[0].item(), int(shared[1])
 
 
-def wrap(config, model, world, device):
+def wrap(config, model, tools):
     """The model as it is called: its blocks compiled if asked for, and DDP around it with several processes."""
     if config.compile:
+        # a block is smaller than DDP's buckets: cutting its graph at them would only break up what is fused
+        torch._dynamo.config.optimize_ddp = False
         for block in model.dit.blocks:
             block.compile()                                         # in place: parameter names stay as they are
-    if world == 1:
+    if tools.world == 1:
         return model
-    # without uncompressed frames in a batch φ's patch embedding is not used; and every process made the same weights
-    # from the seed and the files: no need to send a frozen base around
-    return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None,
-                                   find_unused_parameters=config.method in BLOCK_METHODS, init_sync=not config.lora)
+    # without uncompressed frames in a batch φ's patch embedding is not used; and what is trained is the same everywhere
+    # already (see same_start): no need to send a frozen base around
+    ids = [tools.device.index] if tools.device.type == "cuda" else None
+    return DistributedDataParallel(model, ids, init_sync=False,
+                                   find_unused_parameters=config.method in BLOCK_METHODS, gradient_as_bucket_view=True)
+
+
+def same_start(first, ema, world):
+    """Let all processes go on from the same step with the weights of the first one: other kinds of processors may draw
+    other ones from a seed. Raises UserError where they found different checkpoints."""
+    if world == 1:
+        return
+    found = [None] * world
+    dist.all_gather_object(found, first)
+    if len(set(found)) > 1:
+        raise UserError(f"--resume: the processes found checkpoints of steps {sorted(set(found))}: "
+                        "--out must be a folder that all machines share")
+    for x in (*ema.params, *ema.shadow):
+        dist.broadcast(x.detach(), 0)
+
+
+def leave(world):
+    """End together: torchrun stops all once one has left, and one that waits for a peer fails."""
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 MOST_SKIPPED = 10       # steps in a row without a finite gradient, then a run is given up
 
 
-def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank, world, device):
+def train(config, stage, draw, eval_config, model, clips, held_out, tools):
     """Train `model` on `clips`: draw(config, tools, clips, rows, step) says what to denoise. One loop, both stages.
     eval_config: the config that the figures on `held_out` are made with."""
-    out = Path(config.out)
+    out, rank, world = Path(config.out), tools.rank, tools.world
     ema = EMA(model, config.ema)
     optimizers = make_optimizers(model, config)
     if not config.resume and (out / "state.pt").exists():
         raise UserError(f"--out {out} holds a run already: go on with --resume, or give another folder")
     first = resume(config, stage, model, ema, optimizers) if config.resume else 0
-    ddp = wrap(config, model, world, device)
+    same_start(first, ema, world)
+    ddp = wrap(config, model, tools)
     if rank == 0:
         start_log(out, first)
-        describe(config, model, tools, world)
+        describe(config, model, tools)
     signals = []                                                    # Ctrl-C and SIGTERM: finish the step, save, leave
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, lambda number, frame: signals.append(number))
 
     skipped = 0                                                     # steps in a row without a finite gradient
     bar = tqdm(range(first, config.steps), initial=first, total=config.steps, desc=stage, disable=rank > 0)
-    started, batches = time.time(), draws(config, tools, draw, clips, first, rank, world)
+    started, batches = time.time(), draws(config, tools, draw, clips, first)
     for step in bar:
-        total, norm = take_step(config, ddp, optimizers, ema, batches, step, world, device)
+        total, norm = take_step(config, tools, ddp, optimizers, ema, batches, step)
         skipped = 0 if norm.isfinite() else skipped + 1
         if skipped and rank == 0:
             tqdm.write(f"step {step + 1}: the gradient is not finite, the step is skipped")
@@ -368,9 +405,9 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
 
         due = step + 1 == config.steps or (step + 1) % config.save_every == 0
         if due:
-            record["minutes"] = round((time.time() - started) / 60, 2)
+            record["minutes"] = round((time.time() - started) / 60, 2)     # of this start, after a --resume too
             with ema.swapped():
-                record |= look(eval_config, tools, draw, model, held_out, step, rank, world, device)
+                record |= look(eval_config, tools, draw, model, held_out, step)
             if rank == 0:
                 tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in record.items()))
         if rank == 0:
@@ -384,15 +421,12 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools, rank,
         if stop:
             if rank == 0:
                 tqdm.write(f"stopped by a signal after step {step + 1}, saved in {out}; go on with --resume")
-            if world > 1:
-                dist.barrier()                                      # torchrun stops all once one has left
+            leave(world)
             raise SystemExit(128 + stop)
     if rank == 0:
         print(f"{stage} done: weights {out / 'model.safetensors'}, figures {out / 'log.jsonl'}, "
               f"pictures {out}/preview_*.png")
-    if world > 1:                                                   # leave together: one that waits for a peer fails
-        dist.barrier()
-        dist.destroy_process_group()
+    leave(world)
 
 
 def check(config):
@@ -405,6 +439,12 @@ def check(config):
     for key in ("steps", "batch", "micro_batch", "save_every", "held_out", "sample_steps", "clips", "window"):
         if getattr(config, key) < 1:
             raise UserError(f"--{key} {getattr(config, key)}: must be at least 1")
+    for key in ("lr", "clip_grad", "t_std", "sample_shift"):
+        if not 0 < getattr(config, key) < math.inf:
+            raise UserError(f"--{key} {getattr(config, key)}: must be above 0")
+    for key, most in dict(lora=math.inf, warmup=math.inf, text_drop=1, ema=1).items():
+        if not 0 <= getattr(config, key) <= most:
+            raise UserError(f"--{key} {getattr(config, key)}: must be at least 0" + " and at most 1" * (most == 1))
     if config.method not in METHODS:
         raise UserError(f"--method {config.method}: choose one of {', '.join(METHODS)}")
     if config.optimizer not in ("muon", "adamw"):
@@ -440,7 +480,7 @@ def setup(config):
     if world > 1 and rank == 0:
         dist.barrier()
     model = make_model(config, preset, codec, device)
-    return model, clips, held_out, Tools(preset, codec, prompts, model.encoder), rank, world, device
+    return model, clips, held_out, Tools(preset, codec, prompts, model.encoder, device, rank, world)
 
 
 def main():

@@ -18,12 +18,12 @@ import torch
 from tqdm import tqdm
 
 import world
-from data import make_codec, make_prompts, nearest_size, to_frames, to_pixels, warn
+from data import make_codec, make_prompts, read_clip, to_frames, to_pixels, warn
 from encoder import Memory, MemoryDiT, load_model
 from flags import parse_flags, run_main
 from model import PRESETS, UserError, autocast, euler, get_preset, merge_lora, pick_device
 from storyboard import parse_storyboard, prompt_at, storyboard_beside
-from video import VideoWriter, contact_strip, read_video, video_info
+from video import VideoWriter, contact_strip
 from weights import frozen_dtype, read_metadata
 
 
@@ -123,7 +123,7 @@ def open_model(config, preset, device):
 
 def read_history(config, preset, codec, most):
     """(all frames of the clip, its newest that are remembered), uint8 (F, H, W, 3) each. most: sections, or None."""
-    history = read_video(config.history, preset.fps, *nearest_size(preset, video_info(config.history)))
+    history = read_clip(config.history, preset)
     n = len(history)
     if most is not None:            # beside whole sections a causal codec has one frame that stands alone
         n = min(n, most * preset.section * codec.stride[0] + codec.causal)
@@ -155,7 +155,7 @@ def check(config):
 
 def main():
     """Read the history into memory, continue it section by section, write the video and a strip."""
-    config = parse_flags(SampleConfig, __doc__, aliases={
+    config = parse_flags(SampleConfig, __doc__, aliases={           # Wan's own names
         "steps": ["--sample_steps"], "shift": ["--sample_shift"], "guidance": ["--sample_guide_scale"],
         "seed": ["--base_seed"]})
     check(config)
@@ -174,7 +174,9 @@ def main():
     storyboard = [] if config.init == "random" else storyboard_of(config, len(history) / preset.fps)
     if config.init != "random" and read_metadata(config.checkpoint).get("data") == "world":
         check_words(storyboard)
-    texts = embed(make_prompts(preset, config.t5), storyboard, sections, preset, codec)
+    prompts = make_prompts(preset, config.t5, device if device.type == "cuda" else "cpu")
+    texts = embed(prompts, storyboard, sections, preset, codec)
+    del prompts                     # umT5 is larger than a DiT of 1.3B
 
     latents = codec.encode(to_pixels(kept)[None]).to(device)
     decode = codec.decoder()
@@ -201,7 +203,7 @@ def main():
                                      desc="sections"):
             frames = to_frames(decode(latents))[0].cpu()                        # (F, H, W, 3)
             writer.write(frames)
-            made.append(frames[-len(times) * length % every::every].clone())
+            made.append(frames[-len(times) * length % every::every].clone())    # counted on across sections
             times.append(seconds)
     strip = save_file.with_suffix(".png")
     draw_strip(strip, history, length, torch.cat(made), every / preset.fps)

@@ -1,8 +1,9 @@
 """Does a section show the clothes, face, thing and place that it should? (Paper, section 4. Its judge is a
 vision-language model, see judge.py; in the paper-doll world the truth is known, so it is measured exactly.)
 
-A section is right if, inside the region that the true masks give, the true rendering is the nearest of 16 by mean
-squared error. All 16 agree in what the caption says (build, shape, kind, places): only memory can tell which it is.
+A section is right if, inside the region that the true masks give (for faces: where any of the 16 has a head), less its
+rim, the true rendering is the nearest of 16 by mean squared error, at the best shift of a few pixels. All 16 agree in
+what the caption says (build, shape, kind, places): only memory can tell which it is.
 
     scores = score(made, stories, first)        of one model, or of many side by side
 """
@@ -21,8 +22,8 @@ from data import psnr
 
 SHIFT = 4           # pixels: a frame may lie so far from where it should, in each direction
 OTHERS = 15         # distractors of a set
-# Of any two candidates of a set: the least root mean squared difference, of values in [0, 1], in a wide shot. Less than
-# 1 % of random pairs are nearer, most of them equal: there are few skins, haircuts and emblems.
+# Of any two candidates of a set: the least root mean squared difference, of values in [0, 1], in a wide shot. About
+# 1 % of random pairs or fewer are nearer, many of them equal: there are few skins, haircuts and emblems.
 LEAST = {"cloth": 0.2, "face": 0.06, "object": 0.15, "scene": 0.06, "cloth_hard": 0.12, "object_hard": 0.12}
 # score: (region, which of the candidates it is decided among); the first is the truth. `hard`: of the same palette,
 # with other emblems and patterns. `obeys`: the place asked for, against the other places of the story.

@@ -53,6 +53,8 @@ def parse(cls, command, argv):
             raise UserError(f"--{key} {getattr(config, key)}: must be at least 1")
     if not 0 < config.shift < math.inf:
         raise UserError(f"--shift {config.shift}: must be above 0")
+    if not 0 <= getattr(config, "guidance", 1) < math.inf:
+        raise UserError(f"--guidance {config.guidance}: must be at least 0")
     return config
 
 
@@ -69,7 +71,8 @@ def open_checkpoint(path, config, stage):
     if trained["stage"] != stage:
         raise UserError(f"{path} is of stage {trained['stage']}: give one of {stage}.py")
     preset = PRESETS[model.preset]
-    return model, Tools(preset, make_codec(preset, config.vae, device), make_prompts(preset), model.encoder), trained
+    tools = Tools(preset, make_codec(preset, config.vae, device), make_prompts(preset), model.encoder, device)
+    return model, tools, trained
 
 
 def stories(config, preset, codec):
@@ -207,7 +210,10 @@ def measured(folder, trained, name, asked, machine, measure):
 def first_seeds(everything):
     """Sort rows by name and seed, in place; returns those of the lowest seed of each name."""
     everything.sort(key=lambda row: (row.name, row.trained["seed"]))
-    return list({row.name: row for row in reversed(everything)}.values())[::-1]
+    found = {}
+    for row in everything:
+        found.setdefault(row.name, row)
+    return list(found.values())
 
 
 def by_seed(everything, metric):
@@ -231,9 +237,23 @@ def per_clip(values):
 
 
 def interval(values):
-    """Mean of a 1-D tensor and the half-width of its 95 % interval."""
-    values = values.double()
-    return values.mean().item(), (1.96 * values.std() / len(values)**0.5).item() if len(values) > 1 else math.nan
+    """Mean of a 1-D tensor and the half-width of its 95 % interval, by Student's t."""
+    values, n = values.double(), len(values) - 1
+    if n < 1:
+        return values.mean().item(), math.nan
+    # the 97.5 % quantile of t with n degrees of freedom from the normal one (Abramowitz and Stegun 26.7.5): for n = 2
+    # within 3.1 %, from 4 on within 0.3 %
+    z = 1.959964
+    t = (z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+         + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * n**3))
+    return values.mean().item(), (t * values.std() / (n + 1)**0.5).item()
+
+
+def wilson(right, n):
+    """95 % interval (low, high) of a share of which `right` of n were seen (Wilson 1927)."""
+    z2 = 1.959964**2
+    centre, half = (right + z2 / 2) / (n + z2), (z2 * (right * (n - right) / n + z2 / 4))**0.5 / (n + z2)
+    return centre - half, centre + half
 
 
 def bootstrap(difference, resamples=10_000):
@@ -261,21 +281,29 @@ def expected_pairs(rows, chains):
     return [(found[a], found[b]) for chain in chains for a, b in combinations(chain, 2) if {a, b} <= set(found)]
 
 
-def compare(title, pairs, metric, paper):
-    """Lines of Markdown: paired differences of rows, if there are any. paper: {(method, rate): the paper's figure}."""
+def compare(title, pairs, metrics, paper, everything):
+    """Lines of Markdown: paired differences of rows in the mean of these metrics, if there are any pairs, and the same
+    of the other training seeds that both rows have. paper: {(method, rate): the paper's figure}; everything: the rows
+    of all seeds."""
     if not pairs:
         return []
     lines = ["", f"{title}, with its 95 % interval (bootstrap over clips, 10,000 resamples); decided if p < 0.05 "
-             "(random signs of the clips' differences, two-sided).", "",
-             "| A above B | difference | interval | p | holds | paper's difference |", "|---|---|---|---|---|---|"]
+             "(random signs of the clips' differences, two-sided). They tell luck of the clips alone, not of the "
+             "training, which the column of seeds shows; of many rows, one in twenty is decided by chance.", "",
+             "| A above B | difference | interval | p | holds | seed by seed | paper's difference |", "|---" * 7 + "|"]
     for a, b in pairs:
-        mean, low, high = bootstrap(a.each(metric) - b.each(metric))
-        p = flip_test((a.values[metric] - b.values[metric]).nansum(1))
+        mean, low, high = bootstrap(sum(a.each(m) - b.each(m) for m in metrics) / len(metrics))
+        decisions = [a.values[m] - b.values[m] for m in metrics]    # what does not count is no difference
+        p = flip_test(sum(x.nansum(1) / (~x.isnan()).sum().clamp(min=1) for x in decisions))
         theirs = [paper.get((row.method, row.rate), math.nan) for row in (a, b)]
         gap = "–" if math.isnan(sum(theirs)) else f"{theirs[0] - theirs[1]:+.2f}"
         holds = "undecided" if p >= 0.05 else "yes" if mean > 0 else "no"
+        of_seeds = [{row.trained["seed"]: sum(row.each(m).mean().item() for m in metrics) / len(metrics)
+                     for row in everything if row.name == name} for name in (a.name, b.name)]
+        both = sorted(of_seeds[0].keys() & of_seeds[1].keys())
+        seeds = ", ".join(f"{of_seeds[0][s] - of_seeds[1][s]:+.2f}" for s in both) if len(both) > 1 else "–"
         lines.append(f"| {a.name} above {b.name} | {mean:+.2f} | {low:+.2f} to {high:+.2f} | {p:.2g} | {holds} | "
-                     f"{gap} |")
+                     f"{seeds} | {gap} |")
     return lines
 
 
@@ -330,7 +358,7 @@ def plot(path, x, *labels, legend=True):
     for axes, y in zip(every, labels):
         axes.set(xlabel=x, ylabel=y)
         axes.grid(alpha=0.3)
-    if legend:
+    if legend and every[0].lines:
         every[0].legend(fontsize="small" if columns == 1 else "xx-small")
     for axes in every[len(labels):]:
         axes.remove()

@@ -44,6 +44,7 @@ import consistency
 import data
 import encoder
 import eval as evaluation
+import figures
 import finetune
 import judge
 import model
@@ -106,7 +107,7 @@ def run(main, *flags):
 
 def tiny_tools(method="proposed", rate="4x4x2"):
     encoder = MemoryDiT("tiny", method, rate).encoder
-    return Tools(TINY, DCTCodec(), HashPrompts(16, 24), encoder)
+    return Tools(TINY, DCTCodec(), HashPrompts(16, 24), encoder, torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")
@@ -1347,10 +1348,10 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(stage, kind, cache
 
 def take_step_with_signal(step, number, real=pretrain.take_step):
     """A take_step() that sends this process a signal in this step. (Batches are drawn ahead, by another thread.)"""
-    def take_step(config, ddp, optimizers, ema, batches, now, *rest):
-        if now == step:
+    def take_step(*given):
+        if given[-1] == step:
             os.kill(os.getpid(), number)
-        return real(config, ddp, optimizers, ema, batches, now, *rest)
+        return real(*given)
     return take_step
 
 
@@ -1511,13 +1512,20 @@ def test_wan_codec_downsamples_whole_segments_and_the_lone_latent():
 
 
 @torch.no_grad()
-def test_umt5_prompts_are_zero_padded(t5, capsys):
+def test_umt5_prompts_are_zero_padded(t5, capsys, monkeypatch):
     prompts = wan.UMT5Prompts(t5, 16, 6)
     rows = prompts("a  cat\nwalks")
     tokens = torch.tensor([[3, 4, 6, 1]])
     assert rows.shape == (6, 16) and not rows[4:].any()
     assert torch.equal(rows[:4], prompts.model(tokens).last_hidden_state[0].float()) and not prompts("").any()
     assert torch.equal(prompts("a &amp;amp; cat"), prompts("a & cat"))
+    def full(self, device, real=wan.torch.nn.Module.to):
+        if str(device) == "meta":
+            raise torch.OutOfMemoryError
+        return real(self, device)
+    monkeypatch.setattr(torch.nn.Module, "to", full)                # a GPU that is too small
+    assert torch.equal(wan.UMT5Prompts(t5, 16, 6, "meta")("a  cat\nwalks"), rows)
+    assert "runs on the CPU" in capsys.readouterr().out
     long = prompts("a cat walks a dog walks a cat")
     assert "cut to 6" in capsys.readouterr().out and long.any(1).all()
     expected = prompts.model(torch.tensor([[3, 4, 6, 3, 5, 1]])).last_hidden_state[0].float()   # the end stays
@@ -1974,7 +1982,18 @@ def test_psnr_known_values():
 
 def test_interval_covers_the_mean():
     mean, half = evaluation.interval(torch.tensor([1.0, 2, 3, 4]))
-    assert mean == 2.5 and half == pytest.approx(1.96 * (5 / 3)**0.5 / 2)
+    assert mean == 2.5 and half == pytest.approx(3.1824 * (5 / 3)**0.5 / 2, rel=0.01)       # 97.5 % of Student's t
+    for n, t in (3, 4.3027), (6, 2.5706), (11, 2.2281), (64, 1.9983), (256, 1.9693):
+        values = randn(n)
+        half = t * values.std().item() / n**0.5
+        assert evaluation.interval(values)[1] == pytest.approx(half, rel=0.035 if n < 5 else 0.003)
+    assert math.isnan(evaluation.interval(torch.ones(1))[1])
+
+
+def test_wilson_interval_known_values():
+    assert tables.wilson(19, 20) == pytest.approx((0.7639, 0.9911), abs=1e-4)
+    assert tables.wilson(32, 32) == pytest.approx((0.8928, 1), abs=1e-4)
+    assert tables.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
 
 
 def test_retrieval_command(stage1, cache, capsys):
@@ -2005,13 +2024,16 @@ def test_flip_test_known_values():
     assert tables.flip_test(torch.zeros(20)) == 1 and tables.flip_test(torch.ones(40)) == pytest.approx(1e-4, rel=0.01)
     three = torch.tensor([100.0, 100, 100, *[0] * 120])     # three decisions more: nothing, whatever resampling says
     assert tables.flip_test(three) == pytest.approx(0.25, abs=0.02) and tables.flip_test(torch.ones(2)) > 0.4
-    row = lambda x: SimpleNamespace(name="a", method="a", rate="", values={"x": x}, each=lambda m: tables.per_clip(x))
+    def row(x):
+        values = {"x": x, "same": torch.zeros(len(x), 1)}
+        return SimpleNamespace(name="a", method="a", rate="", values=values, each=lambda m: tables.per_clip(values[m]))
     a, b = torch.zeros(64, 3), torch.zeros(64, 3)
     a[:40, 0] = b[:40, 0] = math.nan                                # what does not count changes nothing
     a[50:54, 1] = 100                                               # four decisions: p = 1/8, however many clips
     for x, said in ((a, "undecided"), (torch.full((8, 2), math.nan), "undecided"), (100 - b, "yes")):
-        line = tables.compare("", [(row(x), row(b[:len(x), :x.shape[1]]))], "x", {})[-1]
-        assert f"| {said} |" in line, line
+        for metrics in ["x"], ["x", "same"]:                        # what never differs adds nothing to the mean
+            line = tables.compare("", [(row(x), row(b[:len(x), :x.shape[1]]))], metrics, {}, [])[-1]
+            assert f"| {said} |" in line, line
     assert 0.09 < tables.flip_test((a - b).nansum(1)) < 0.16
     noise = randn(400, 30, seed=3)
     assert 0.02 < np.mean([tables.flip_test(x, 500) < 0.05 for x in noise]) < 0.09       # wrong as often as it says
@@ -2023,16 +2045,20 @@ def table_row(method, rate, psnr, **trained):
 
 def test_table1_compares_neighbours_and_the_papers_order():
     clip = 15 + randn(64)
-    rows = [table_row("full", "", clip + 3),
-            table_row("large-patchifier", "4x4x2", clip + 1.5 + 0.1 * randn(64, seed=1)),
-            table_row("proposed", "4x4x2", clip + 1), table_row("only-lr", "4x4x2", clip + 1 + randn(64, seed=2))]
+    rows = [table_row("full", "", clip + 3, seed=0),
+            table_row("large-patchifier", "4x4x2", clip + 1.5 + 0.1 * randn(64, seed=1), seed=0),
+            table_row("proposed", "4x4x2", clip + 1, seed=0),
+            table_row("only-lr", "4x4x2", clip + 1 + randn(64, seed=2), seed=0)]
+    others = [table_row("proposed", "4x4x2", clip + 2, seed=1), table_row("large-patchifier", "4x4x2", clip, seed=1),
+              table_row("proposed", "4x4x2", clip, seed=2)]                                 # a seed without its like
     lines = [[cell.strip() for cell in line.split("|")[1:-1]]
-             for line in evaluation.differences(rows) if "above" in line]
+             for line in evaluation.differences(rows, rows + others) if "above" in line]
     found = {line[0]: line[4:] for line in lines if line[0] != "A above B"}
     assert len(lines) - 2 == 3 + 3
-    assert found["full above large-patchifier 4x4x2"] == ["yes", "–"]
-    assert found["proposed 4x4x2 above only-lr 4x4x2"] == ["undecided", "+2.20"]
-    assert found["proposed 4x4x2 above large-patchifier 4x4x2"] == ["no", "+4.48"]
+    assert found["full above large-patchifier 4x4x2"] == ["yes", "–", "–"]
+    assert found["proposed 4x4x2 above only-lr 4x4x2"] == ["undecided", "–", "+2.20"]
+    gap = (rows[2].psnr - rows[1].psnr).mean().item()
+    assert found["proposed 4x4x2 above large-patchifier 4x4x2"] == ["no", f"{gap:+.2f}, +2.00", "+4.48"]
 
 
 def test_figures_by_age():
@@ -2452,7 +2478,8 @@ def test_story_command(stage2, cache, capsys):
     assert [(r["method"], r["seconds_absent"]) for r in rows] == [
         (method, f"{2.0 * k}") for method in ("none", "proposed") for k in range(8)]
     assert all(float(r["cloth"]) in (0, 100) and float(r["identity"]) in (0, 100) for r in rows)
-    assert "14 s absent" in capsys.readouterr().out
+    assert all(0 <= float(r["cloth_low"]) < float(r["cloth_high"]) <= 100 for r in rows)
+    assert "14 s absent" in (said := capsys.readouterr().out) and f"step {rows[0]['step']}, seed 0" in said
     with pytest.MonkeyPatch.context() as m:                         # what was measured once is kept
         m.delattr(consistency, "continue_stories")
         run(evaluation.main, "story", stage2 / "a", "--clips", 1, "--steps", 1, "--cache", cache)
@@ -2921,6 +2948,8 @@ def test_unknown_presets_are_refused_everywhere(refused):
     for main, *command in ((pretrain.main,), (finetune.main,), (data.main, "story"), (evaluation.main, "speed"), (
             sample.main, "--history=a", "--init=random"), (data.main, "cache", "--videos=a", "--out=b")):
         assert "--preset giant" in refused(main, *command, "--preset", "giant")
+    assert "nano and small" in refused(data.main, "story", "--preset", "wan-1.3b")
+    assert "runs/a" in (said := refused(evaluation.main, "table1", "--clips", 4, "runs/a")) and "before the flags" in said
 
 
 def test_sample_refuses_bad_checkpoints(refused):
@@ -2952,6 +2981,9 @@ def test_stages_refuse_bad_settings(refused, cache, tmp_path):
             ("steps", 0, "--steps"), ("batch", 0, "--batch"), ("mask", "blur", "--mask"), ("step", 3, "--steps"),
             ("init", "nowhere", "nowhere"), ("data", "nowhere", "nowhere"), ("device", "abacus", "abacus"),
             ("lr", "fast", "lr"), ("window", 0, "--window"), ("method", "sliding-window", "finetune.py"),
+            ("lr", -1, "--lr"), ("t_std", "nan", "--t_std"), ("sample_shift", 0, "--sample_shift"),
+            ("clip_grad", "inf", "--clip_grad"), ("lora", -1, "--lora"), ("warmup", -1, "--warmup"),
+            ("text_drop", 7, "--text_drop"), ("ema", 3, "--ema"),
             ("method", "keyframes", "finetune.py")):
         assert says in refused(pretrain.main, *flags(cache, out=tmp_path / "out", **{flag: value}))
     assert "--seed -1" in refused(pretrain.main, *flags(cache, seed=-1))
@@ -2962,6 +2994,17 @@ def test_stages_refuse_bad_settings(refused, cache, tmp_path):
     assert "memory" in refused(pretrain.main, *flags(cache, out=tmp_path / "out", method="none"))
     assert "--freeze_encoder" in refused(finetune.main, *flags(cache, out=tmp_path / "out", method="none",
                                                                freeze_encoder=True))
+
+
+def test_figures_do_not_depend_on_the_micro_batch(cache, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(figures, "evaluate", lambda *a, real=figures.evaluate: (sizes.append(len(a[-1])), real(*a))[1])
+    for micro_batch in 4, 3:
+        run(pretrain.main, *flags(cache, out=f"run-{micro_batch}", steps=1, held_out=8, micro_batch=micro_batch))
+    assert sizes == [4, 4, 3, 3, 2]
+    a, b = (json.loads(Path(f"run-{k}/log.jsonl").read_text()) for k in (4, 3))
+    assert a.keys() == b.keys() and "psnr_wrong_memory" in a and "loss_t0.5" in a
+    assert all(a[k] == pytest.approx(b[k], abs=0.02) for k in a if k != "minutes")
 
 
 def test_log_drops_the_steps_that_are_done_again(tmp_path):
@@ -3033,7 +3076,7 @@ def test_shipped_model_remembers_and_obeys(tmp_path):
     dit, config = encoder.load_model(SHIPPED)
     assert config["stage"] == "finetune" and config["preset"] == "nano"
     preset, codec = PRESETS["nano"], DCTCodec()
-    tools = Tools(preset, codec, data.make_prompts(preset), dit.encoder)
+    tools = Tools(preset, codec, data.make_prompts(preset), dit.encoder, torch.device("cpu"))
     clips = world_clips("held-out", 8, preset, codec, tmp_path, keep_pixels=True).clips
     hr = torch.stack([clip.latents[:, :40].float() for clip in clips])
     truth = torch.stack([clip.pixels[40:44] for clip in clips])
@@ -3349,9 +3392,10 @@ def test_processes_share_every_batch(world, monkeypatch):
         per_epoch = 29 // batch
         config = pretrain.PretrainConfig(batch=batch, micro_batch=micro, steps=per_epoch)
         for rank in range(world):
-            batches = pretrain.draws(config, None, draw, clips, 0, rank, world)
+            tools = SimpleNamespace(device=torch.device("cpu"), rank=rank, world=world)
+            batches = pretrain.draws(config, tools, draw, clips, 0)
             for step in range(per_epoch):
-                pretrain.accumulate_gradients(config, Model(), batches, world, torch.device("cpu"))
+                pretrain.accumulate_gradients(config, tools, Model(), batches)
             assert next(batches, None) is None
         assert sorted(seen) == sorted(set(seen)) and len(seen) == per_epoch * batch
 
@@ -3376,7 +3420,7 @@ def watch(steps, bad):
     def prepare(rank):
         now = []                                                    # the steps begun so far
 
-        def take_step(config, ddp, optimizers, ema, batches, step, *rest, real=pretrain.take_step):
+        def take_step(config, tools, ddp, optimizers, ema, batches, step, real=pretrain.take_step):
             if not now:
                 ema.params[0].register_hook(lambda g: g * math.nan if bad(rank, now[-1]) == "gradient" else g)
             now.append(step)
@@ -3386,7 +3430,7 @@ def watch(steps, bad):
                 digest.update(tensor.detach().numpy().tobytes())
             with open(f"{steps}-{rank}", "a") as f:
                 f.write(digest.hexdigest() + "\n")
-            return real(config, ddp, optimizers, ema, batches, step, *rest)
+            return real(config, tools, ddp, optimizers, ema, batches, step)
 
         def draw(config, tools, clips, rows, step, real=draw_retrieval):
             batch = real(config, tools, clips, rows, step)          # for training in a thread, where gradients are on
@@ -3407,6 +3451,28 @@ def test_numbers_that_are_not_finite_change_nothing(cache):
     assert [i for i in range(6) if hashes[i] == hashes[i + 1]] == [2, 4]
     log = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log if "skipped" in entry] == [3, 5] and "step 3: the" in processes.said[0]
+
+
+@posix
+def test_processes_start_alike_or_not_at_all(cache):
+    """A processor of another kind may draw other weights; a folder that is not shared has no checkpoint."""
+    def prepare(rank, made=pretrain.make_model):
+        def make_model(*given):
+            trained = made(*given)
+            for p in trained.parameters():
+                p.data += rank
+            return trained
+        pretrain.make_model = make_model
+        watch("steps", lambda *a: False)(rank)
+    given = flags(cache, steps=2, out="run")
+    processes = Processes(pretrain.main, *given, world=2, prepare=prepare)
+    assert processes.wait() == [0, 0], processes.said
+    assert Path("steps-0").read_text() == Path("steps-1").read_text()
+
+    def elsewhere(rank, real=pretrain.resume):
+        pretrain.resume = lambda *a: 0 if rank else real(*a)
+    processes = Processes(pretrain.main, *given, "--steps", 3, "--resume", world=2, prepare=elsewhere)
+    assert processes.wait() == [2, 2] and "checkpoints of steps [0, 2]" in processes.said[0], processes.said
 
 
 @posix

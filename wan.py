@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model import UserError, pad_replicate
+from model import UserError, first_line, pad_replicate
 from video import file_hash
 
 MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -55,7 +55,7 @@ class WanCodec:
                 try:
                     self.vae = AutoencoderKLWan.from_pretrained(self.folder, torch_dtype=torch.float32)
                 except (OSError, ValueError, RuntimeError) as e:
-                    raise UserError(f"--vae {folder} cannot be read ({str(e).splitlines()[0]}): "
+                    raise UserError(f"--vae {folder} cannot be read ({first_line(e)}): "
                                     "download it again") from None
             self.vae.eval().requires_grad_(False).to(device)
 
@@ -159,11 +159,12 @@ class UMT5Prompts:
             self.tokenizer = AutoTokenizer.from_pretrained(beside if beside.is_dir() else self.folder)
             self.model = UMT5EncoderModel.from_pretrained(self.folder, torch_dtype=torch.bfloat16).eval()
         except (OSError, ValueError, RuntimeError) as e:
-            raise UserError(f"--t5 {folder} cannot be read ({str(e).splitlines()[0]}): download it again") from None
+            raise UserError(f"--t5 {folder} cannot be read ({first_line(e)}): download it again") from None
         try:
             self.model.to(device)
         except torch.OutOfMemoryError:
-            raise UserError(f"--t5 {folder} does not fit the memory of {device}: give --device cpu") from None
+            print(f"warning: --t5 {folder} does not fit the memory of {device} and runs on the CPU, which is slow")
+            self.device = self.model.to("cpu").device
 
     @property
     def settings(self):
