@@ -32,9 +32,9 @@ STRIDES = {"dct": DCTCodec.stride, "wan": WanCodec.stride}  # pixels a latent: f
 STEPS = {"dct": SampleConfig.steps, "wan": 50}              # of the sampler, each twice for guidance
 RATES = ("4x4x2", "2x2x2", "2x2x4", "2x2x1")                # the paper's
 LORA_RANK = PRESETS["wan-14b"].lora
-# GiB, the only figures that are estimated, not counted: a CUDA context with its libraries and fragmentation, and the
-# Wan VAE with its activations while it decodes 480p
-CONTEXT, VAE = 1.0, 4.0
+# GiB, the only figures that are estimated, not counted: a CUDA context with its libraries and fragmentation, NCCL's
+# buffers, and the Wan VAE with its activations while it decodes 480p
+CONTEXT, NCCL, VAE = 1.0, 1.0, 4.0
 GROWTH = (2, 4, 8, 16, 20, 40, 80)                          # seconds of history that `speed` times
 PATIENCE = 60                                               # seconds; what would take longer is skipped
 
@@ -122,7 +122,7 @@ def training_memory(c, frozen, trained, tokens, gpus, encoder_bytes):
     fixed = {"base DiT, frozen: bf16, outside its blocks float32": frozen and 4 * frozen - 2 * matrices,
              "trained weights, float32": 4 * trained, "their copies for autocast, bf16": 2 * trained,
              "gradients": 4 * trained, "AdamW, two moments": 8 * trained, "average of weights (EMA)": 4 * trained,
-             "DDP's gradient buckets": 4 * trained * (gpus > 1), "CUDA context (estimate)": CONTEXT * 2**30}
+             "NCCL's buffers (estimate)": NCCL * 2**30 * (gpus > 1), "CUDA context (estimate)": CONTEXT * 2**30}
     block = block_bytes(c, tokens, lora=frozen > 0)
     sample = {"stream between blocks, float32": 4 * tokens * c.dim * c.layers * (frozen > 0),
               "inside one block, recomputed" if frozen else "inside all blocks": block * (1 if frozen else c.layers),

@@ -2611,7 +2611,7 @@ def test_budget_batches_fill_the_memory(capsys):
     frozen = sum(p.numel() for p in weights.values())
     held = sum(p.numel() * (2 if name.startswith("blocks.") and p.ndim == 2 else 4) for name, p in weights.items())
     fixed, sample = budget.training_memory(PRESETS["wan-14b"].dit, frozen, 100, 7, 2, 50)
-    assert sum(fixed.values()) == held + (4 + 2 + 4 + 8 + 4 + 4) * 100 + budget.CONTEXT * 2**30
+    assert sum(fixed.values()) == held + (4 + 2 + 4 + 8 + 4) * 100 + (budget.CONTEXT + budget.NCCL) * 2**30
     assert sample["stream between blocks, float32"] == 40 * 7 * 5120 * 4 and sample["φ, float32"] == 50
     assert batches(2, 79) == ["2", "1"] and batches(2, 30)[:3] == ["does", "not", "fit"]
 
