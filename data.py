@@ -590,7 +590,8 @@ def cache_videos(argv):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     codec, prompts = make_codec(preset, config.vae, device), make_prompts(preset, config.t5, device)
     if not codec.decodes:
-        raise UserError("--vae is needed: a local folder of Wan's VAE in the diffusers layout")
+        raise UserError(f"--preset {config.preset} needs --vae: a local folder of Wan's VAE in the diffusers layout "
+                        "(nano and small need none)")
     if config.shard < 1:
         raise UserError(f"--shard {config.shard}: must be at least 1")
     if Path(config.out).exists() and not Path(config.out).is_dir():

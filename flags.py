@@ -3,6 +3,7 @@ import argparse
 import difflib
 import inspect
 import re
+import signal
 import sys
 from dataclasses import fields, is_dataclass
 
@@ -35,7 +36,8 @@ def parse_flags(cls, description, argv=None, aliases={}):
     if unknown:
         flag = unknown[0].split("=")[0]
         if not flag.startswith("-"):
-            raise UserError(f"{flag} belongs to no flag; folders and files without one stand before the flags")
+            raise UserError(f"{flag} follows no flag: write --NAME {flag}, see --help (only the folders and files of "
+                            "eval.py stand alone, before the flags)")
         near = difflib.get_close_matches(flag, parser._option_string_actions, 3, 0.5)
         raise UserError(f"unknown flag {flag}" + (f"; did you mean {' or '.join(near)}?" if near else "; see --help"))
     if not 0 <= getattr(known, "seed", 0) < 2**63:
@@ -49,6 +51,7 @@ def run_command(script, commands, description):
     if name in ("-h", "--help"):
         print(description)
         print("\n".join(f"{script} {k}: {f.__doc__}" for k, f in commands.items()))
+        print(f"\nFlags of a command: python {script} COMMAND --help")
         return
     if name not in commands:
         raise UserError(f"{script} {name}: choose one of {', '.join(commands)}")
@@ -58,6 +61,8 @@ def run_command(script, commands, description):
 def run_main(main):
     """Run a script's main: 0 done, 2 the user's mistake, 1 ours or the machine's, 130 and 143 stopped by a signal."""
     try:
+        # so that half-written files are removed; training has a handler of its own
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         main()
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)

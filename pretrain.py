@@ -220,11 +220,11 @@ def resume(config, stage, model, ema, optimizers):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         step, theirs, tensors, shadow, saved = (state[k] for k in ("step", "config", "model", "ema", "optimizers"))
-        if state["stage"] != stage:
-            raise ValueError(f"it is of {state['stage']}.py")
     except Exception as e:
         raise UserError(f"--resume: {path} cannot be read ({first_line(e)}); "
                         "start again in another folder") from None
+    if state["stage"] != stage:
+        raise UserError(f"--resume: {path} is of {state['stage']}.py: give another folder")
     free = ("steps", "out", "device", "compile", "resume", "cache", "save_every", "micro_batch", "held_out",
             "sample_steps", "sample_shift", "vae")
     for key, value in theirs.items():
@@ -379,8 +379,10 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools):
     out, rank, world = Path(config.out), tools.rank, tools.world
     ema = EMA(model, config.ema)
     optimizers = make_optimizers(model, config)
-    if not config.resume and (out / "state.pt").exists():
-        raise UserError(f"--out {out} holds a run already: go on with --resume, or give another folder")
+    for file in ("state.pt", "model.safetensors") if not config.resume else ():
+        if (out / file).exists():
+            go_on = "go on with --resume, or " * (file == "state.pt")
+            raise UserError(f"--out {out} holds a {file} already: {go_on}give another folder")
     first = resume(config, stage, model, ema, optimizers) if config.resume else 0
     same_start(first, ema, world)
     ddp = wrap(config, model, tools)

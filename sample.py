@@ -144,8 +144,10 @@ def peak_memory(device):
 def check(config):
     if not config.history:
         raise UserError("--history is missing: give the clip to continue, for example --history assets/clip.mp4")
-    if not 0 < config.seconds < math.inf:
-        raise UserError(f"--seconds {config.seconds}: give a number above 0")
+    if not 0 < config.seconds <= 86400:         # the prompt of each section is looked up first
+        raise UserError(f"--seconds {config.seconds}: give a number above 0, at most 86400 (a day)")
+    if config.init != "random" and config.preset != SampleConfig.preset:
+        raise UserError(f"--preset {config.preset} is for --init random alone: a checkpoint has its own, leave it out")
     if config.steps < 1 or not 0 <= config.guidance < math.inf or not 0 < config.shift < math.inf:
         raise UserError(f"--steps {config.steps} --guidance {config.guidance} --shift {config.shift}: "
                         "expected steps of at least 1, guidance of at least 0, shift above 0")

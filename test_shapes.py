@@ -2917,11 +2917,12 @@ def test_sample_refuses_bad_histories(refused):
     checkpoint = write_checkpoint()
     write_video("good.mp4")
     Path("text.mp4").write_text("not a video\n" * 50)
+    Path("text.txt").write_text("not a video\n" * 50)               # FFmpeg would draw it
     Path("empty.mp4").touch()
     Path("cut.mp4").write_bytes(Path("good.mp4").read_bytes()[:300])
     write_sound("sound.mp4")
     stage1 = write_checkpoint("stage1.safetensors", stage="pretrain")
-    for name in "missing.mp4", "text.mp4", "empty.mp4", "cut.mp4", "sound.mp4", ".":
+    for name in "missing.mp4", "text.mp4", "text.txt", "empty.mp4", "cut.mp4", "sound.mp4", ".":
         assert name in refused(sample.main, "--checkpoint", checkpoint, "--history", name)
         assert name in refused(evaluation.main, "retrieval", "--checkpoint", stage1, "--history", name)
     write_video("short.mp4", 2)
@@ -2940,7 +2941,8 @@ def test_sample_refuses_bad_settings(refused):
     assert "none.txt" in refused(*common, "--prompt", "none.txt")
     assert "--guidance" in refused(*common, "--guidence", "2")
     for flag, value in (("--steps", 0), ("--seconds", 0), ("--seconds", "nan"), ("--shift", 0), ("--guidance", -1),
-                        ("--memory_seconds", -1), ("--steps", "ten"), ("--device", "abacus"), ("--device", "")):
+                        ("--memory_seconds", -1), ("--seconds", 1e9), ("--preset", "small"),
+                        ("--steps", "ten"), ("--device", "abacus"), ("--device", "")):
         assert flag.strip("-") in refused(*common, f"{flag}={value}")
 
 
@@ -2949,7 +2951,8 @@ def test_unknown_presets_are_refused_everywhere(refused):
             sample.main, "--history=a", "--init=random"), (data.main, "cache", "--videos=a", "--out=b")):
         assert "--preset giant" in refused(main, *command, "--preset", "giant")
     assert "nano and small" in refused(data.main, "story", "--preset", "wan-1.3b")
-    assert "runs/a" in (said := refused(evaluation.main, "table1", "--clips", 4, "runs/a")) and "before the flags" in said
+    assert "runs/a follows no flag" in refused(evaluation.main, "table1", "--clips", 4, "runs/a")
+    assert "--NAME a.mp4" in refused(sample.main, "a.mp4")
 
 
 def test_sample_refuses_bad_checkpoints(refused):
@@ -2961,7 +2964,8 @@ def test_sample_refuses_bad_checkpoints(refused):
             (write_checkpoint("rate.safetensors", claims={"rate": "2x2x2"}), "encoder.hr.convs"),
             (write_checkpoint("width.safetensors", claims={"preset": "nano"}), "has shape (48,), expected (256,)"),
             (write_checkpoint("stage.safetensors", stage="pretrain"), "pretrain"),
-            ("pickle.safetensors", "pickle.safetensors"), ("missing.safetensors", "missing.safetensors")):
+            ("pickle.safetensors", "pickle.safetensors"), ("missing.safetensors", "missing.safetensors"),
+            (".", "is a folder")):
         assert says in refused(sample.main, "--checkpoint", path, "--history", "good.mp4")
     assert not Path("exploded").exists()
 
@@ -2991,6 +2995,8 @@ def test_stages_refuse_bad_settings(refused, cache, tmp_path):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "state.pt").touch()
     assert "--resume" in refused(pretrain.main, *flags(cache, out=tmp_path / "used"))
+    (tmp_path / "used" / "state.pt").rename(tmp_path / "used" / "model.safetensors")
+    assert "model.safetensors" in refused(pretrain.main, *flags(cache, out=tmp_path / "used"))
     assert "memory" in refused(pretrain.main, *flags(cache, out=tmp_path / "out", method="none"))
     assert "--freeze_encoder" in refused(finetune.main, *flags(cache, out=tmp_path / "out", method="none",
                                                                freeze_encoder=True))
@@ -3024,7 +3030,7 @@ def test_stages_refuse_checkpoints_of_another_kind(refused, cache, stage1):
         save_file({"x": torch.zeros(1)}, "damaged.safetensors", {"config": damage})
         assert "header of damaged.safetensors is damaged" in refused(
             finetune.main, *common(encoder="damaged.safetensors"))
-    assert "it is of pretrain.py" in refused(finetune.main, *flags(cache, out=stage1, encoder="none", resume=True))
+    assert "is of pretrain.py" in refused(finetune.main, *flags(cache, out=stage1, encoder="none", resume=True))
     assert "--encoder" in refused(finetune.main, *common(encoder=stage1, rate="2x2x2"))
     assert "--encoder" in refused(finetune.main, *common(encoder=stage1, method="only-lr"))
     assert "nowhere" in refused(finetune.main, *common(encoder="nowhere"))

@@ -52,6 +52,9 @@ class _Frames:
         except (av.FFmpegError, OSError) as error:
             raise UserError(f"{self.path} cannot be read as a video ({error.strerror or error}): "
                             "give a complete video file, for example .mp4") from None
+        if self.container.format.name == "tty":  # FFmpeg draws a .txt as a picture
+            self.close()
+            raise UserError(f"{self.path} is a text, not a video: give a video file, for example .mp4")
         cover = av.stream.Disposition.attached_pic  # the cover of a music file is no video
         streams = [s for s in self.container.streams.video if s.codec_context and not s.disposition & cover]
         if not streams:

@@ -64,6 +64,8 @@ def weight_files(path):
 
 def open_safetensors(path):
     """Open a safetensors file for reading. Anything else (a pickle, a file cut short) is refused; no code can run."""
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder: name the file, for example {path}/model.safetensors")
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
