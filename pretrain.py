@@ -381,8 +381,7 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools):
     optimizers = make_optimizers(model, config)
     for file in ("state.pt", "model.safetensors") if not config.resume else ():
         if (out / file).exists():
-            go_on = "go on with --resume, or " * (file == "state.pt")
-            raise UserError(f"--out {out} holds a {file} already: {go_on}give another folder")
+            raise UserError(f"--out {out} holds a {file} already: go on with --resume, or give another folder")
     first = resume(config, stage, model, ema, optimizers) if config.resume else 0
     same_start(first, ema, world)
     ddp = wrap(config, model, tools)

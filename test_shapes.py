@@ -3228,9 +3228,8 @@ def crash(stage, more, cache, times, in_saves, world=1, seed=0, steps=12):
             continue                                                # it was done already
         done += 1
         counts[0] += any(out.glob(".[ms]*.part"))
-        going_on = (out / "state.pt").exists()
-        counts[1] += going_on
-        finish(stage.main, *given, "--out", out, *["--resume"] * going_on, world=world)
+        counts[1] += (out / "state.pt").exists()
+        finish(stage.main, *given, "--out", out, "--resume", world=world)
         assert_same_run(Path("whole"), out)
     return counts
 
