@@ -282,8 +282,10 @@ def draws(config, tools, draw, clips, first):
 
     def make(step, rows):
         batch = draw(config, tools, [clips[i] for i in clips.batch(step, config.batch, config.seed)], rows, step)
-        # from pinned memory a copy to the GPU runs beside what the GPU computes
-        return batch.pin() if tools.device.type == "cuda" else batch, rows is micros[-1]
+        if tools.device.type == "cuda":                             # a copy then runs beside what the GPU computes
+            with torch.cuda.device(tools.device):                   # a thread begins with the first GPU
+                batch = batch.pin()
+        return batch, rows is micros[-1]
     tasks = ((step, rows) for step in range(first, config.steps) for rows in micros)
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(make, *next(tasks))
