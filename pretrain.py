@@ -366,7 +366,9 @@ def same_start(first, ema, world):
 
 
 def leave(world):
-    """End together: torchrun stops all once one has left, and one that waits for a peer fails."""
+    """End together: torchrun stops all once one has left, and one that waits for a peer fails. Only DDP's reducer must
+    not outlive the group: freed later, it ends the group's threads while it holds Python's lock, which they may wait
+    for."""
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -424,11 +426,13 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools):
         if stop:
             if rank == 0:
                 tqdm.write(f"stopped by a signal after step {step + 1}, saved in {out}; go on with --resume")
+            del ddp                                                 # see leave()
             leave(world)
             raise SystemExit(128 + stop)
     if rank == 0:
         print(f"{stage} done: weights {out / 'model.safetensors'}, figures {out / 'log.jsonl'}, "
               f"pictures {out}/preview_*.png")
+    del ddp                                                         # see leave()
     leave(world)
 
 

@@ -38,6 +38,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 import budget
 import consistency
@@ -3130,6 +3131,7 @@ class Processes:
             if world > 1:
                 os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_PORT=str(port),
                                   MASTER_ADDR="127.0.0.1")
+            tqdm.set_lock(threading.RLock())            # its own is shared by forks: a killed one may hold it for ever
             prepare(rank)
             run(main, *flags)
         fork = multiprocessing.get_context("fork")
