@@ -23,7 +23,7 @@ from model import UserError, autocast, euler, get_preset, pick_device
 from pretrain import downsample, generator
 from scores import MAIN, score
 from tables import (EvalConfig, compare, describe_machine, describe_runs, expected_pairs, first_seeds, interval,
-                    measured, open_checkpoint, parse_runs, per_clip, plot, question, read_runs, wilson, write_csv,
+                    measure_runs, open_checkpoint, parse_runs, per_clip, plot, question, read_runs, wilson, write_csv,
                     write_table)
 from video import VideoWriter, contact_sheet, contact_strip
 
@@ -86,10 +86,10 @@ PAPER = {("proposed", "4x4x2"): (96.12, 70.73, 89.89), ("proposed", "2x2x2"): (9
          ("only-lr", "4x4x2"): (91.98, 69.22, 85.32), ("without-pretrain", "4x4x2"): (87.12, 66.99, 81.13),
          ("keyframes", ""): (95.09, 68.22, 91.19)}
 EXPECTED = ([("proposed", rate) for rate in ("2x2x1", "2x2x2", "4x4x2")],       # best first
-            [("proposed", "2x2x2"), ("without-pretrain", "2x2x2")],
-            *([("proposed", "4x4x2"), other] for other in (
-                ("without-pretrain", "4x4x2"), ("frozen", "4x4x2"), ("only-lr", "4x4x2"), ("without-lr", "4x4x2"),
-                ("large-patchifier", "4x4x2"), ("sliding-window", "1"), ("sliding-window", "8"), ("none", ""))))
+            *([("proposed", rate), other] for rate in ("2x2x2", "4x4x2") for other in (
+                *((method, rate) for method in ("without-pretrain", "frozen", "only-lr", "without-lr",
+                                                "large-patchifier", "token-merging")),
+                ("sliding-window", "1"), ("sliding-window", "8"), ("keyframes", ""), ("none", ""))))
 METRICS = ("cloth", "identity", "object", "scene", "psnr", "cloth_hard", "object_hard", "obeys", "position_error",
            "consistency")
 
@@ -125,7 +125,7 @@ def score_sections(made, clips, first):
     return values | {"consistency": torch.stack([per_clip(values[name]) for name in MAIN]).mean(0)[:, None]}
 
 
-def measure_runs(runs, name, codec, clips, first, sections, config):
+def continue_runs(runs, name, codec, clips, first, sections, config):
     """[Row]: the same clips continued with each run, and scored. name: of the file that keeps this in a run's
     folder."""
     def measure(folder):
@@ -134,9 +134,7 @@ def measure_runs(runs, name, codec, clips, first, sections, config):
         return (score_sections(made, clips, first), made[:SHOWN].flatten(1, 2).contiguous(),
                 costs(model, tools, clips[0], config))
     asked = question(config, codec, clips, "steps", "shift", "guidance", "seed", first=first, sections=sections)
-    machine = describe_machine(pick_device(config.device))
-    return [measured(folder, trained, name, asked, machine, lambda: measure(folder))
-            for folder, trained in runs.items()]
+    return measure_runs(runs, name, asked, describe_machine(pick_device(config.device)), measure)
 
 
 def record(row):
@@ -234,17 +232,13 @@ def draw_claim(path, rows, table1):
             if (row.method, row.rate) in found]
     if not dots:
         return None
-    x, y, names = zip(*dots)
-    rho, chance = rank_correlation(x, y)
+    rho, chance = rank_correlation(*list(zip(*dots))[:2])
     title = f"dots: {len(dots)}, " + ("too few or too alike for a rank correlation" if math.isnan(rho) else
                                       f"rank correlation {rho:.2f} ({100 * chance:.1f} % of random orders reach it)")
-    with plot(path, "frame retrieval (Table 1): PSNR, dB", "consistency (Table 2): mean of the four, %",
-              legend=False) as (axes,):
-        axes.plot(x, y, "o")
-        axes.margins(0.2)
+    with plot(path, "frame retrieval (Table 1): PSNR, dB", "consistency (Table 2): mean of the four, %") as (axes,):
         axes.set_title(title)
-        for dot in zip(names, x, y):
-            axes.annotate(dot[0], dot[1:], (5, 5), textcoords="offset points", fontsize="small")
+        for i, dot in enumerate(dots):
+            axes.plot(*dot[:2], "os^"[i // 10 % 3], label=dot[2])
     return title
 
 
@@ -272,7 +266,7 @@ def table2(argv):
     preset, first = world_preset(runs, config.sections)
     codec = make_codec(preset)
     clips = world_clips("held-out", config.clips, preset, codec, config.cache, keep_pixels=True)
-    everything = measure_runs(runs, "table2", codec, clips, first, config.sections, config)
+    everything = continue_runs(runs, "table2", codec, clips, first, config.sections, config)
     true = torch.cat([clip.cut(first * preset.section, (first + config.sections) * preset.section) for clip in clips])
     true = to_frames(codec.decode(true)).unflatten(1, (config.sections, preset.section))
     ceiling = score_sections(true, clips, first)
@@ -326,7 +320,7 @@ def story(argv):
     preset, first = world_preset(runs)
     codec = make_codec(preset)
     clips = absence_clips(config.clips, preset, codec, first)
-    rows, records = first_seeds(measure_runs(runs, "story", codec, clips, first, 1, config)), []
+    rows, records = first_seeds(continue_runs(runs, "story", codec, clips, first, 1, config)), []
     seconds = [k * preset.section * codec.stride[0] / preset.fps for k in range(MOST_ABSENT + 1)]
     stem = Path(config.out) / "table2_story"
     with plot(f"{stem}.png", "absence, s", "cloth, %", "identity, %") as panels:

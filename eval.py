@@ -36,7 +36,7 @@ from flags import run_command, run_main
 from model import UserError, autocast, euler, first_line, get_preset, pick_device
 from pretrain import PretrainConfig, Tools, collate, downsample, draw_retrieval, generator
 from tables import (EvalConfig, Row, compare, describe_machine, describe_runs, expected_pairs, first_seeds, interval,
-                    measured, open_checkpoint, parse, parse_runs, plot, question, read_runs, stories, write_table)
+                    measure_runs, open_checkpoint, parse, parse_runs, plot, question, read_runs, stories, write_table)
 from video import contact_strip
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,8 +258,9 @@ def continuation(argv):
 PAPER = {("large-patchifier", "4x4x2"): (12.93, 0.412, 0.365), ("only-lr", "4x4x2"): (15.21, 0.472, 0.212),
          ("without-lr", "4x4x2"): (15.73, 0.423, 0.198), ("proposed", "4x4x2"): (17.41, 0.596, 0.171),
          ("proposed", "2x2x2"): (19.12, 0.683, 0.152), ("proposed", "2x2x1"): (20.19, 0.705, 0.121)}
-EXPECTED = ([(method, "4x4x2") for method in ("proposed", "without-lr", "only-lr", "large-patchifier")],
-            [("proposed", "4x4x2"), ("token-merging", "4x4x2")],
+EXPECTED = (*([(method, rate) for method in ("proposed", "without-lr", "only-lr", "large-patchifier")]
+              for rate in ("4x4x2", "2x2x2")),
+            *([("proposed", rate), ("token-merging", rate)] for rate in ("4x4x2", "2x2x2")),
             [("proposed", rate) for rate in ("2x2x1", "2x2x2", "4x4x2")])           # best first
 
 
@@ -401,9 +402,7 @@ def table1(argv):
         return (values["model"] | {"psnr_one_step": values["one_step"]["psnr"]}, pictures["model"],
                 costs(model, tools, clips[0].latents.shape[2:]))
     asked = question(config, codec, clips, "steps", "shift", "seed", "queries", lpips=bool(lpips))
-    machine = describe_machine(pick_device(config.device))
-    everything = [measured(folder, trained, stem.name, asked, machine, lambda: measure_run(folder))
-                  for folder, trained in runs.items()]
+    everything = measure_runs(runs, stem.name, asked, describe_machine(pick_device(config.device)), measure_run)
     # the encoder is there for its segments alone: the codec's figures are those of what it puts into them
     tools = Tools(preset, codec, make_prompts(preset), MemoryEncoder("full", "1x1x1", name), pick_device(config.device))
     ceiling, ages, pictures = retrieve(None, tools, clips, config, lpips)

@@ -11,29 +11,26 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import make_codec, make_prompts, open_dataset
-from encoder import BLOCK_METHODS, FRAME_METHODS, METHODS, MemoryDiT, parse_rate
+from distributed import first_before_others, leave, same_start, share, start_processes, wrap
+from encoder import FRAME_METHODS, METHODS, MemoryDiT, parse_rate
 from figures import look
 from flags import parse_flags, run_main
-from model import Preset, UserError, add_lora, add_noise, autocast, first_line, get_preset, pick_device, sample_t
+from model import Preset, UserError, add_lora, add_noise, autocast, first_line, get_preset, sample_t
 from optim import EMA, learning_rate, make_optimizers
 from video import remove_leftovers, whole_file
 from wan import comfy_name
-from weights import load_base
+from weights import load_base, weight_files
 
 
 @dataclass
@@ -175,21 +172,6 @@ def collate(parts):
 # The training loop of both stages
 
 
-def start_processes(config):
-    """Join the other processes if torchrun started this one. Returns (rank, world size, device)."""
-    device = pick_device(config.device)
-    if "RANK" not in os.environ:
-        return 0, 1, device
-    wait = timedelta(hours=2)       # for the first process, which may fill the cache
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=wait, device_id=device)
-    else:
-        dist.init_process_group("gloo", timeout=wait)
-    return dist.get_rank(), dist.get_world_size(), device
-
-
 def save(config, stage, model, ema, optimizers, step):
     """model.safetensors, the averaged weights that sample.py and eval.py read; with a LoRA that alone too, under the
     names that ComfyUI reads; state.pt, all that --resume needs. It comes last: what it says is done is all on the disk,
@@ -326,54 +308,6 @@ def take_step(config, tools, ddp, optimizers, ema, batches, step):
     return total, norm
 
 
-def share(loss, signals, world):
-    """(the sum of all processes' losses, the signal that stops all of them after the same step, or 0)."""
-    shared = torch.stack([loss, torch.full_like(loss, max(signals, default=0))])
-    if world > 1:
-        dist.all_reduce(shared[:1])
-        dist.all_reduce(shared[1:], dist.ReduceOp.MAX)
-    return shared[0].item(), int(shared[1])
-
-
-def wrap(config, model, tools):
-    """The model as it is called: its blocks compiled if asked for, and DDP around it with several processes."""
-    if config.compile:
-        # a block is smaller than DDP's buckets: cutting its graph at them would only break up what is fused
-        torch._dynamo.config.optimize_ddp = False
-        for block in model.dit.blocks:
-            block.compile()                                         # in place: parameter names stay as they are
-    if tools.world == 1:
-        return model
-    # without uncompressed frames in a batch φ's patch embedding is not used; and what is trained is the same everywhere
-    # already (see same_start): no need to send a frozen base around
-    ids = [tools.device.index] if tools.device.type == "cuda" else None
-    return DistributedDataParallel(model, ids, init_sync=False,
-                                   find_unused_parameters=config.method in BLOCK_METHODS, gradient_as_bucket_view=True)
-
-
-def same_start(first, ema, world):
-    """Let all processes go on from the same step with the weights of the first one: other kinds of processors may draw
-    other ones from a seed. Raises UserError where they found different checkpoints."""
-    if world == 1:
-        return
-    found = [None] * world
-    dist.all_gather_object(found, first)
-    if len(set(found)) > 1:
-        raise UserError(f"--resume: the processes found checkpoints of steps {sorted(set(found))}: "
-                        "--out must be a folder that all machines share")
-    for x in (*ema.params, *ema.shadow):
-        dist.broadcast(x.detach(), 0)
-
-
-def leave(world):
-    """End together: torchrun stops all once one has left, and one that waits for a peer fails. Only DDP's reducer must
-    not outlive the group: freed later, it ends the group's threads while it holds Python's lock, which they may wait
-    for."""
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-
-
 MOST_SKIPPED = 10       # steps in a row without a finite gradient, then a run is given up
 
 
@@ -456,6 +390,8 @@ def check(config):
         raise UserError(f"--method {config.method}: choose one of {', '.join(METHODS)}")
     if config.optimizer not in ("muon", "adamw"):
         raise UserError(f"--optimizer {config.optimizer}: choose muon or adamw")
+    if config.init != "random":
+        weight_files(config.init)
     return preset
 
 
@@ -481,11 +417,8 @@ def setup(config):
     codec, prompts = make_codec(preset, config.vae, device), make_prompts(preset)
     if config.batch < world:
         raise UserError(f"--batch {config.batch}: must be at least the number of processes, {world}")
-    if rank:                                                        # the first one fills the cache
-        dist.barrier()
-    clips, held_out = open_dataset(config, codec)
-    if world > 1 and rank == 0:
-        dist.barrier()
+    with first_before_others(rank, world):                          # the first one fills the cache
+        clips, held_out = open_dataset(config, codec)
     model = make_model(config, preset, codec, device)
     return model, clips, held_out, Tools(preset, codec, prompts, model.encoder, device, rank, world)
 

@@ -98,8 +98,8 @@ def label(config):
 
 
 def read_runs(folders, command, stage, kept):
-    """{folder: training config} of finished runs of a stage that may stand in one table; `kept` is what measured()
-    keeps in them. Raises UserError naming the first difference."""
+    """{folder: training config} of finished runs of a stage that may stand in one table; `kept` is what
+    measure_runs() keeps in them. Raises UserError naming the first difference."""
     if not folders:
         raise UserError(f"eval.py {command} needs finished runs of {stage}.py: give their folders, before the flags")
     runs = {}
@@ -171,40 +171,56 @@ def describe_machine(device):
     return f"{name}, {torch.get_num_threads()} threads, {str(product_dtype(device)).removeprefix('torch.')}"
 
 
-def measured(folder, trained, name, asked, machine, measure):
-    """The Row of a run: measure() gives (values, pictures, costs), and these are kept in FOLDER/NAME.safetensors. Where
-    that file has the answer to what is `asked` (see question()), of the same weights and code, it is read instead. So a
-    table that was stopped goes on, and a folder that holds this file alone, no weights, is a row too: whoever has a new
-    method need not train all others again. Raises UserError if that row was asked something else."""
+def recall(folder, trained, name, asked):
+    """(the Row that FOLDER/NAME.safetensors holds, or None where it is not of what is `asked`, of these weights and of
+    this code; the key that it is kept under). A folder without weights must hold what is asked, by whatever code.
+    Raises UserError if it was asked something else."""
     folder, key = Path(folder), {"asked": asked}
     file, weights = folder / f"{name}.safetensors", folder / "model.safetensors"
     code = hashlib.sha256(b"".join(Path(__file__).with_name(source).read_bytes() for source in SOURCES)).hexdigest()
     if weights.exists():
         key |= {"weights": file_hash(weights), "code": code}
-    if file.exists():
-        with open_safetensors(file) as f:
-            known = parse_json((f.metadata() or {}).get("measured"), file, "delete it, then it is made again",
-                               "asked", "costs", "curve", "machine")
-        if all(known.get(part) == value for part, value in key.items()):
-            if known.get("code") != code:
-                warn(f"{name}: rows without weights were measured by another version of this code")
-            tensors = load_file(file)
-            return Row(*label(trained), tensors, tensors.pop("pictures"), known["costs"], str(folder), trained,
-                       known["curve"], known["machine"])
-        if not weights.exists():
-            other = {k: known["asked"].get(k) for k, v in asked.items() if known["asked"].get(k) != v}
-            raise UserError(f"{file} was measured with {other}: ask for the same, or give the run with its weights")
-    log = folder / "log.jsonl"
-    log = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    curve = [[entry["step"], entry["psnr"]] for entry in log if "psnr" in entry]
-    values, pictures, costs = measure()
-    measurement = json.dumps(key | {"costs": costs, "curve": curve, "machine": machine})
-    try:
-        with whole_file(file) as part:
-            save_file(values | {"pictures": pictures}, part, {"config": json.dumps(trained), "measured": measurement})
-    except (OSError, UserError) as e:                               # a run of someone else's, say
-        warn(f"{e}: this measurement is not kept")
-    return Row(*label(trained), values, pictures, costs, str(folder), trained, curve, machine)
+    if not file.exists():
+        return None, key
+    with open_safetensors(file) as f:
+        known = parse_json((f.metadata() or {}).get("measured"), file, "delete it, then it is made again",
+                           "asked", "costs", "curve", "machine")
+    if all(known.get(part) == value for part, value in key.items()):
+        if known.get("code") != code:
+            warn(f"{name}: rows without weights were measured by another version of this code")
+        tensors = load_file(file)
+        return Row(*label(trained), tensors, tensors.pop("pictures"), known["costs"], str(folder), trained,
+                   known["curve"], known["machine"]), key
+    if not weights.exists():
+        kept = known["asked"]
+        other = [f"{k} {kept.get(k)}, not {v}" for k, v in asked.items() if kept.get(k) != v]
+        raise UserError(f"{file} was measured with {'; '.join(other)}: ask for the same, or give the run with its "
+                        "weights")
+    return None, key
+
+
+def measure_runs(runs, name, asked, machine, measure):
+    """[Row] of these runs. measure(folder) gives (values, pictures, costs), and they are kept in
+    FOLDER/NAME.safetensors, where recall() finds them. So a table that was stopped goes on, and a folder that holds
+    this file alone, no weights, is a row too: whoever has a new method need not train all others again."""
+    known = {folder: recall(folder, trained, name, asked) for folder, trained in runs.items()}
+    rows = []
+    for folder, (row, key) in known.items():
+        if row is None:
+            log = Path(folder) / "log.jsonl"
+            log = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+            curve = [[entry["step"], entry["psnr"]] for entry in log if "psnr" in entry]
+            values, pictures, costs = measure(folder)
+            row = Row(*label(runs[folder]), values, pictures, costs, folder, runs[folder], curve, machine)
+            metadata = {"config": json.dumps(row.trained),
+                        "measured": json.dumps(key | {"costs": costs, "curve": curve, "machine": machine})}
+            try:
+                with whole_file(Path(folder) / f"{name}.safetensors") as part:
+                    save_file(values | {"pictures": pictures}, part, metadata)
+            except (OSError, UserError) as e:                       # a run of someone else's, say
+                warn(f"{e}: this measurement is not kept")
+        rows.append(row)
+    return rows
 
 
 def first_seeds(everything):
@@ -348,7 +364,7 @@ def write_seeds(path, everything, record, metrics):
 
 
 @contextmanager
-def plot(path, x, *labels, legend=True):
+def plot(path, x, *labels):
     """Axes to draw labelled lines on, one for each label of a y axis, side by side; written to `path` at the end."""
     columns = min(len(labels), 3)
     figure = Figure(figsize=(8, 5) if columns == 1 else (4.5 * columns, 3.5 * -(-len(labels) // columns) + 0.5),
@@ -358,7 +374,7 @@ def plot(path, x, *labels, legend=True):
     for axes, y in zip(every, labels):
         axes.set(xlabel=x, ylabel=y)
         axes.grid(alpha=0.3)
-    if legend and every[0].lines:
+    if every[0].lines:
         every[0].legend(fontsize="small" if columns == 1 else "xx-small")
     for axes in every[len(labels):]:
         axes.remove()

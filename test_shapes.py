@@ -2212,9 +2212,9 @@ def test_a_measured_row_needs_no_weights(table, runs, stage2, cache, refused):
         assert Path(f"second/{table}{ending}").read_text() == Path(f"first/{table}{ending}").read_text()
     for ending in ".png", "_curves.png":
         assert Path(f"second/{table}{ending}").read_bytes() == Path(f"first/{table}{ending}").read_bytes()
-    assert "'steps': 1" in refused(evaluation.main, table, "row", *asked[:2], "--steps", 2, "--cache", cache)
+    assert "steps 1, not 2" in refused(evaluation.main, table, "row", *asked[:2], "--steps", 2, "--cache", cache)
     assert "seed 0" in refused(evaluation.main, table, given, "row", *asked)
-    assert "'seed': 0" in refused(evaluation.main, table, "row", *asked, "--seed", 1)
+    assert "seed 0, not 1" in refused(evaluation.main, table, "row", *asked, "--seed", 1)
 
     Path("other").mkdir()                                           # the measurement of one run, the weights of another
     shutil.copy(given / kept, "other")
@@ -2992,6 +2992,7 @@ def test_stages_refuse_bad_settings(refused, cache, tmp_path):
             ("method", "keyframes", "finetune.py")):
         assert says in refused(pretrain.main, *flags(cache, out=tmp_path / "out", **{flag: value}))
     assert "--seed -1" in refused(pretrain.main, *flags(cache, seed=-1))
+    assert "nowhere" in refused(pretrain.main, *flags("fresh", init="nowhere"))     # and no stories were drawn for it
     assert "--seed" in refused(sample.main, "--seed", 2**64, "--history", "a.mp4")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "state.pt").touch()

@@ -1,0 +1,87 @@
+"""Training by several processes, one a GPU, as torchrun starts them: join, agree, and leave together.
+
+They compute the gradient of one global batch, so that the result is that of a single process up to rounding.
+"""
+import os
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from encoder import BLOCK_METHODS
+from model import UserError, pick_device
+
+
+def start_processes(config):
+    """Join the other processes if torchrun started this one. Returns (rank, world size, device)."""
+    device = pick_device(config.device)
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    wait = timedelta(hours=2)       # for the first process, which may fill the cache
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=wait, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=wait)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+@contextmanager
+def first_before_others(rank, world):
+    """What is inside is done by the first process, then by all others."""
+    if rank:
+        dist.barrier()
+    yield
+    if world > 1 and rank == 0:
+        dist.barrier()
+
+
+def same_start(first, ema, world):
+    """Let all processes go on from the same step with the weights of the first one: other kinds of processors may draw
+    other ones from a seed. Raises UserError where they found different checkpoints."""
+    if world == 1:
+        return
+    found = [None] * world
+    dist.all_gather_object(found, first)
+    if len(set(found)) > 1:
+        raise UserError(f"--resume: the processes found checkpoints of steps {sorted(set(found))}: "
+                        "--out must be a folder that all machines share")
+    for x in (*ema.params, *ema.shadow):
+        dist.broadcast(x.detach(), 0)
+
+
+def wrap(config, model, tools):
+    """The model as it is called: its blocks compiled if asked for, and DDP around it with several processes."""
+    if config.compile:
+        # a block is smaller than DDP's buckets: cutting its graph at them would only break up what is fused
+        torch._dynamo.config.optimize_ddp = False
+        for block in model.dit.blocks:
+            block.compile()                                         # in place: parameter names stay as they are
+    if tools.world == 1:
+        return model
+    # without uncompressed frames in a batch φ's patch embedding is not used; and what is trained is the same everywhere
+    # already (see same_start): no need to send a frozen base around
+    ids = [tools.device.index] if tools.device.type == "cuda" else None
+    return DistributedDataParallel(model, ids, init_sync=False,
+                                   find_unused_parameters=config.method in BLOCK_METHODS, gradient_as_bucket_view=True)
+
+
+def share(loss, signals, world):
+    """(the sum of all processes' losses, the signal that stops all of them after the same step, or 0)."""
+    shared = torch.stack([loss, torch.full_like(loss, max(signals, default=0))])
+    if world > 1:
+        dist.all_reduce(shared[:1])
+        dist.all_reduce(shared[1:], dist.ReduceOp.MAX)
+    return shared[0].item(), int(shared[1])
+
+
+def leave(world):
+    """End together: torchrun stops all once one has left, and one that waits for a peer fails. Only DDP's reducer must
+    not outlive the group: freed later, it ends the group's threads while it holds Python's lock, which they may wait
+    for."""
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
