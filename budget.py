@@ -20,7 +20,7 @@ from tqdm import tqdm
 from data import DCTCodec
 from encoder import MemoryDiT, MemoryEncoder, parse_rate
 from flags import parse_flags
-from model import PRESETS, DiT, UserError, autocast, get_preset, pick_device, product_dtype
+from model import PRESETS, DiT, UserError, add_lora, autocast, get_preset, pick_device, product_dtype
 from pretrain import PretrainConfig
 from sample import SampleConfig
 from tables import plot
@@ -115,12 +115,16 @@ def block_bytes(c, tokens, lora):
     return tokens * (c.dim * (4 * float32 + 2 * bf16) + c.ffn_dim * 2 * 2)
 
 
+def base_bytes(c, frozen):
+    """{what: bytes} of a frozen base of so many parameters (or 0), see frozen_dtype()."""
+    matrices = c.layers * (8 * c.dim**2 + 2 * c.dim * c.ffn_dim)        # of the blocks
+    return {"base DiT, frozen: bf16, outside its blocks float32": frozen and 4 * frozen - 2 * matrices}
+
+
 def training_memory(c, frozen, trained, tokens, gpus, encoder_bytes):
     """Bytes on each GPU: ({what: bytes} at any batch, {what: bytes} a sample). DDP has all weights on every GPU. Above
     a frozen base, activation checkpointing keeps only the stream between blocks."""
-    matrices = c.layers * (8 * c.dim**2 + 2 * c.dim * c.ffn_dim)        # of the blocks; see frozen_dtype()
-    fixed = {"base DiT, frozen: bf16, outside its blocks float32": frozen and 4 * frozen - 2 * matrices,
-             "trained weights, float32": 4 * trained, "their copies for autocast, bf16": 2 * trained,
+    fixed = {**base_bytes(c, frozen), "trained weights, float32": 4 * trained, "their copies for autocast, bf16": 2 * trained,
              "gradients": 4 * trained, "AdamW, two moments": 8 * trained, "average of weights (EMA)": 4 * trained,
              "NCCL's buffers (estimate)": NCCL * 2**30 * (gpus > 1), "CUDA context (estimate)": CONTEXT * 2**30}
     block = block_bytes(c, tokens, lora=frozen > 0)
@@ -130,10 +134,11 @@ def training_memory(c, frozen, trained, tokens, gpus, encoder_bytes):
     return fixed, sample
 
 
-def sampling_memory(c, weights, tokens, vae):
-    """{what: bytes} at batch 1. Largest inside a block is attention (x and its norm in float32; q, k, v in bf16; one
-    rotated in float32: 26 D) or the feed-forward (x, its norm; before and after GELU in bf16)."""
-    return {"weights, bf16": 2 * weights, "inside one block": tokens * max(26 * c.dim, 8 * c.dim + 4 * c.ffn_dim),
+def sampling_memory(c, frozen, trained, tokens, vae):
+    """{what: bytes} at batch 1, a LoRA not merged. Largest inside a block is attention (x and its norm in float32; q,
+    k, v in bf16; one rotated in float32: 26 D) or the feed-forward (x, its norm; before and after GELU in bf16)."""
+    return {**base_bytes(c, frozen), "trained weights, float32": 4 * trained,
+            "their copies for autocast, bf16": 2 * trained, "inside one block": tokens * max(26 * c.dim, 8 * c.dim + 4 * c.ffn_dim),
             "CUDA context (estimate)": CONTEXT * 2**30, "VAE, decoding (estimate)": VAE * 2**30 * vae}
 
 
@@ -246,9 +251,10 @@ def budget(argv):
     # in stage 2 up to a segment but one frame waits uncompressed
     most = max(memory_tokens(preset, preset.sizes[0], config.rate, preset.history - k) for k in range(preset.section))
     print_memory(config, preset, model.encoder, frozen, trained, [N[0] + M, N[1] + most])
-    needs = sampling_memory(preset.dit, dit + phi, N[1] + M, wan)
+    # of a causal codec sample.py keeps whole segments alone
+    needs = sampling_memory(preset.dit, frozen, trained, N[1] + (M if wan else most), wan)
     total = sum(needs.values())
-    table("sampling memory, GiB: batch 1, LoRA merged, prompts encoded before", [
+    table("sampling memory, GiB: batch 1, prompts encoded before", [
         *([k, *gib([v])] for k, v in needs.items() if v), ["= in all", *gib([total])],
         ["= before decoding", *gib([total - needs["VAE, decoding (estimate)"]])],
         ["fits 12 GiB", "yes" if total <= 12 * 2**30 else "no"]])
@@ -377,6 +383,47 @@ def measure_dit(config, preset, model, dtype):
     return 2 * n**3 / median(product)
 
 
+def measure_training(config, preset, model, rate):
+    """Print what a training step of stage 2 takes at this batch: forward and backward of the DiT and φ after a full
+    history, the optimizer left out. The model gets the preset's LoRA and, on a GPU, is compiled in place at last.
+    rate: of plain matrix products, FLOP/s."""
+    device, c, B = next(model.parameters()).device, preset.dit, config.batch
+    if preset.lora:
+        model.encoder.float()                                       # trained in full
+        add_lora(model.dit, preset.lora)
+        model.to(device)
+    repeat = lambda x: x.expand(B, *x.shape[1:])
+    hr, lr = map(repeat, random_history(preset, config.rate, preset.history, device))
+    target, t = hr[:, :, :preset.section], torch.full((B,), 0.5, device=device)
+    noise, text = torch.randn_like(target), torch.randn(B, c.text_len, c.text_dim, device=device)
+    frames = preset.history + torch.arange(preset.section, device=device)
+
+    def step():
+        with autocast(device):
+            loss = model(hr, lr, target, frames, noise, t, text).sum()
+        loss.backward()
+        model.zero_grad()
+    noisy = preset.section * frame_tokens(preset, preset.sizes[0])
+    memory = memory_tokens(preset, preset.sizes[0], config.rate, preset.history)
+    with torch.device("meta"):
+        phi = encoder_cost(MemoryEncoder(model.method, config.rate, config.preset), preset, config.rate,
+                           preset.history)[0]
+    # a frozen base needs gradients of what goes through it, not of its weights
+    needed = B * ((2 if preset.lora else 3) * flops(c, noisy, memory) + 3 * phi)
+    rows = [["", "ms", "share of the matrix products' rate", *["peak GiB"] * (device.type == "cuda")]]
+    for name in ("eager", "compiled") if device.type == "cuda" else ("eager",):
+        if name == "compiled":
+            for block in model.dit.blocks:
+                block.compile()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        seconds = median(alternate({name: step}, config.repeats, device)[name])
+        peak = gib([torch.cuda.max_memory_allocated()]) if device.type == "cuda" else []
+        rows.append([name, f"{1000 * seconds:,.2f}", f"{100 * needed / seconds / rate:.0f} %", *peak])
+    table(f"a training step of stage 2, {B} x ({noisy:,} noisy + {memory:,} memory tokens), no optimizer"
+          + ", what is computed again not counted" * preset.recompute, rows)
+
+
 @torch.no_grad()
 def measure_growth(config, preset, dit, rate):
     """Seconds a section after 2 to 80 s of history, compressed or not: one forward with that many memory tokens (random
@@ -430,7 +477,8 @@ def write_growth(config, rows, title):
 
 
 def speed(argv):
-    """Time the DiT beside diffusers' and plain matrix products, φ, and a section as the history grows (a plot)."""
+    """Time the DiT beside diffusers' and plain matrix products, φ, a training step, and a section as the history grows
+    (a plot)."""
     config = parse_flags(SpeedConfig, speed.__doc__, argv)
     preset, device = get_preset(config.preset), pick_device(config.device)
     config.rate = preset.rate if config.rate is None else config.rate
@@ -455,6 +503,7 @@ def speed(argv):
         with autocast(device):
             rate = measure_dit(config, preset, model, dtype)
             rows = measure_growth(config, preset, model.dit, rate)
+        measure_training(config, preset, model, rate)
     except torch.OutOfMemoryError:
         raise UserError(f"--preset {config.preset} --batch {config.batch} does not fit the memory of {name}: "
                         "give a smaller one") from None

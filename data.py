@@ -29,7 +29,7 @@ import world
 from flags import parse_flags, run_command, run_main
 from model import PRESETS, UserError, get_preset, pad_replicate, pick_device
 from storyboard import parse_entries, prompt_at, storyboard_beside
-from video import VideoWriter, file_hash, find_videos, read_video, remove_leftovers, video_info, whole_file
+from video import READING, VideoWriter, file_hash, find_videos, read_video, remove_leftovers, video_info, whole_file
 from wan import UMT5Prompts, WanCodec, ZeroPrompts
 from weights import open_safetensors, parse_json
 
@@ -315,7 +315,7 @@ def read_clip(path, preset):
 
 def encode_video(path, preset, codec, cache):
     """Latents (C, F, h, w) float16 of a whole video, cached under its content and all settings that matter."""
-    key = hashlib.sha256(repr((preset.fps, preset.sizes, codec.settings, file_hash(path))).encode()).hexdigest()
+    key = hashlib.sha256(repr((preset.fps, preset.sizes, codec.settings, READING, file_hash(path))).encode()).hexdigest()
     file = Path(cache) / "videos" / f"{key[:24]}.safetensors"
     if not file.exists():
         frames = read_clip(path, preset)
@@ -328,13 +328,21 @@ def encode_video(path, preset, codec, cache):
 LONE_VIDEO = "one video alone is trained on and held out too: its figures say nothing of other videos"
 
 
+def too_many(skipped, total):
+    return len(skipped) > 0.2 * total
+
+
 def report_skipped(skipped, total, folder):
     """List the files that could not be used. Raises UserError above 20 % of them."""
     for message in skipped:
         print(f"skipped: {message}", file=sys.stderr)
-    if len(skipped) > 0.2 * total:
+    if too_many(skipped, total):
         raise UserError(f"{len(skipped)} of {total} videos in {folder} cannot be used, above 20 %: "
                         "the reasons are above")
+
+
+def warn_past_end(path, seconds, end):
+    warn(f"{path}: its storyboard goes on to {seconds:g} s, but the video ends at {end:g} s")
 
 
 def split(videos):
@@ -364,6 +372,8 @@ def video_clips(folder, preset, codec, cache):
         if prompts is None:
             warn(f"no caption beside {path} (.txt or .json): trained without a prompt")
         board = [(round(seconds * preset.fps / codec.stride[0]), prompt) for seconds, prompt in prompts or []]
+        if board and board[-1][0] >= latents.shape[1]:
+            warn_past_end(path, prompts[-1][0], latents.shape[1] * codec.stride[0] / preset.fps)
         clips[path.relative_to(folder).as_posix()] = Clip(latents, board)
     report_skipped(skipped, len(paths), folder)
     train, held_out = split(clips)
@@ -431,6 +441,8 @@ def cached_clips(folder, preset, codec, held_out):
     folder = Path(folder)
     manifest = read_index(folder / "manifest.json", "settings", "bytes")
     ours, theirs = window_settings(preset, codec), manifest["settings"]
+    if preset.codec == "dct":                                       # a training on Wan's has no text encoder to compare
+        ours["prompts"] = make_prompts(preset).settings
     for key, value in ours.items():
         if value != theirs.get(key) and not (key == "codec" and value == ["wan", None] and theirs[key][0] == "wan"):
             raise UserError(f"--data {folder} was cached with {key} {theirs.get(key)}, not {value}: "
@@ -460,7 +472,7 @@ def cached_clips(folder, preset, codec, held_out):
 def window_settings(preset, codec):
     """What the windows of a cache depend on, but for the videos themselves."""
     return json.loads(json.dumps(dict(codec=codec.settings, fps=preset.fps, sizes=preset.sizes,
-                                      section=preset.section, history=preset.history)))
+                                      section=preset.section, history=preset.history, reading=READING)))
 
 
 @dataclass
@@ -548,7 +560,7 @@ def cache_video(path, storyboard, preset, codec, prompts):
         board += [(round((seconds - start) * rate), prompt) for seconds, prompt in storyboard if start < seconds < end]
         windows.append((latents, [first for first, _ in board], [embed(prompt).clone() for _, prompt in board]))
     if storyboard and storyboard[-1][0] >= end:
-        warn(f"{path}: its storyboard goes on to {storyboard[-1][0]:g} s, but the video ends at {end:g} s")
+        warn_past_end(path, storyboard[-1][0], end)
     return windows
 
 
@@ -609,7 +621,7 @@ def cache_videos(argv):
     settings = window_settings(preset, codec) | {"prompts": prompts.settings}
     shards = [paths[i:i + config.shard] for i in range(0, len(paths), config.shard)]
     mine = range(rank, len(shards), world_size)
-    bar = tqdm(total=sum(len(shards[k]) for k in mine), desc="caching videos", disable=rank > 0)
+    bar, skipped = tqdm(total=sum(len(shards[k]) for k in mine), desc="caching videos", disable=rank > 0), []
     for k in mine:
         videos, content, shard = {}, [], out / f"shard-{k:05}.safetensors"
         for path in shards[k]:
@@ -627,6 +639,9 @@ def cache_videos(argv):
             bar.update(len(videos))
         else:
             cache_shard(shard, videos, key, config, preset, codec, prompts, bar)
+        skipped += read_index(index, "skipped")["skipped"]
+        if too_many(skipped, len(paths)):                           # whatever else comes: do not encode it
+            report_skipped(skipped, len(paths), config.videos)
     bar.close()
     if world_size > 1:
         dist.barrier()
@@ -638,12 +653,13 @@ def cache_videos(argv):
 def finish_cache(config, out, shards, settings, videos):
     """Write the manifest that training asks for, unless too many videos were skipped."""
     indices = [read_index(out / f"shard-{k:05}.json", "clips", "skipped", "bytes") for k in range(shards)]
-    report_skipped([message for index in indices for message in index["skipped"]], videos, config.videos)
+    skipped = [message for index in indices for message in index["skipped"]]
+    report_skipped(skipped, videos, config.videos)
     with whole_file(out / "manifest.json") as part:
         part.write_text(json.dumps(dict(settings=settings, bytes=[index["bytes"] for index in indices])))
     remove_leftovers(out)
     clips = sum(len(index["clips"]) for index in indices)
-    print(f"{out} holds {clips} clips of {videos} videos in {shards} shards")
+    print(f"{out} holds {clips} clips of {videos - len(skipped)} videos in {shards} shards; {len(skipped)} skipped")
 
 
 def open_dataset(config, codec):

@@ -123,10 +123,14 @@ def open_model(config, preset, device):
 
 def read_history(config, preset, codec, most):
     """(all frames of the clip, its newest that are remembered), uint8 (F, H, W, 3) each. most: sections, or None."""
-    history = read_clip(config.history, preset)
+    history, section = read_clip(config.history, preset), preset.section * codec.stride[0]
     n = len(history)
     if most is not None:            # beside whole sections a causal codec has one frame that stands alone
-        n = min(n, most * preset.section * codec.stride[0] + codec.causal)
+        n = min(n, most * section + codec.causal)
+    if codec.causal and n > section:
+        # whole segments alone: up to seven latents of 480p would wait uncompressed, now and after every section, and
+        # be more tokens than all the rest; the oldest frames that do not fill a segment are left out
+        n = 1 + (n - 1) // section * section
     return history, history[-codec.frames(n):]
 
 

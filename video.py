@@ -24,6 +24,7 @@ from model import UserError
 # FFmpeg's default conversion from YUV is fast and 1 level of 255 too dark; this one is right within 1.
 EXACT = Interpolation.POINT | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 MOST_PIXELS = 2**26     # of a frame, 8192 x 8192: a header may claim any size, and memory holds a frame several times
+READING = 1             # raise it when read_video() makes other frames of a file: caches are then made again
 LONGEST_STILL = 3600    # seconds that one frame may stay: a broken time stamp would fill the memory with copies of it
 VIDEO_SUFFIXES = {".mp4", ".mov", ".webm", ".mkv", ".gif", ".avi", ".m4v"}
 

@@ -6,10 +6,12 @@ frame alone.
 """
 import hashlib
 import html
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 
 from model import UserError, first_line, pad_replicate
 from video import file_hash
@@ -35,6 +37,18 @@ def fingerprint(folder):
     return hashlib.sha256(repr([(p.name, file_hash(p)) for p in files]).encode()).hexdigest()
 
 
+def from_pretrained(cls, folder, flag, dtype):
+    """A model of diffusers or transformers with all of its weights from a local folder: they only warn of missing ones.
+    Raises UserError."""
+    try:
+        model, found = cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        raise UserError(f"{flag} cannot be read ({first_line(e)}): download it again") from None
+    if found["missing_keys"]:
+        raise UserError(f"{flag} lacks {sorted(found['missing_keys'])[0]}: download it again")
+    return model
+
+
 class WanCodec:
     """Wan's VAE, a frame or four at a time: its causal convolutions carry what they need in a cache, so that a video of
     any length takes the memory of four frames. Without a folder only what needs no VAE works (training on a cache)."""
@@ -52,11 +66,7 @@ class WanCodec:
                 self.vae = AutoencoderKLWan()
             else:
                 self.folder = subfolder(folder, "vae", "--vae")
-                try:
-                    self.vae = AutoencoderKLWan.from_pretrained(self.folder, torch_dtype=torch.float32)
-                except (OSError, ValueError, RuntimeError) as e:
-                    raise UserError(f"--vae {folder} cannot be read ({first_line(e)}): "
-                                    "download it again") from None
+                self.vae = from_pretrained(AutoencoderKLWan, self.folder, f"--vae {folder}", torch.float32)
             self.vae.eval().requires_grad_(False).to(device)
 
     @property
@@ -155,21 +165,27 @@ class UMT5Prompts:
         self.dim, self.length, self.device = dim, length, device
         self.folder = subfolder(folder, "text_encoder", "--t5")
         beside = self.folder.parent / "tokenizer"
+        self.words = beside if beside.is_dir() else self.folder
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(beside if beside.is_dir() else self.folder)
-            self.model = UMT5EncoderModel.from_pretrained(self.folder, torch_dtype=torch.bfloat16).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(self.words)
         except (OSError, ValueError, RuntimeError) as e:
-            raise UserError(f"--t5 {folder} cannot be read ({first_line(e)}): download it again") from None
-        try:
-            self.model.to(device)
-        except torch.OutOfMemoryError:
-            print(f"warning: --t5 {folder} does not fit the memory of {device} and runs on the CPU, which is slow")
-            self.device = self.model.to("cpu").device
+            raise UserError(f"--t5 {folder}: its tokenizer cannot be read ({first_line(e)}): download it "
+                            "again") from None
+        self.model = from_pretrained(UMT5EncoderModel, self.folder, f"--t5 {folder}", torch.bfloat16).eval()
 
     @property
     def settings(self):
         """What a cache of prompts depends on."""
-        return ["umt5", fingerprint(self.folder), self.length]
+        return ["umt5", fingerprint(self.folder), fingerprint(self.words), find_spec("ftfy") is not None, self.length]
+
+    def embed(self, tokens):
+        """Token numbers (1, n) -> (n, dim), on the device or, where that has too little memory, on the CPU."""
+        try:
+            return self.model.to(self.device)(tokens.to(self.device)).last_hidden_state[0]
+        except torch.OutOfMemoryError:
+            print(f"warning: umT5 does not fit the memory of {self.device} and runs on the CPU, which is slow")
+        self.device = "cpu"         # not inside `except`: the error holds on to what did not fit
+        return self.model.to("cpu")(tokens).last_hidden_state[0]
 
     @torch.no_grad()
     def __call__(self, prompt):
@@ -181,7 +197,7 @@ class UMT5Prompts:
             if tokens.shape[1] > self.length:
                 print(f'warning: a prompt of {tokens.shape[1]} tokens is cut to {self.length}: "{prompt[:60]}..."')
                 tokens = torch.cat([tokens[:, :self.length - 1], tokens[:, -1:]], dim=1)    # keep the end-of-text token
-            rows[:tokens.shape[1]] = self.model(tokens.to(self.device)).last_hidden_state[0].float()
+            rows[:tokens.shape[1]] = self.embed(tokens).float()
         return rows
 
 

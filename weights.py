@@ -103,6 +103,9 @@ def load_weights(module, files, rename=lambda name: name, names=None, device="cp
                 if ours not in wanted:
                     raise UserError(f"{path}: unexpected tensor {name}; "
                                     "is this a checkpoint of another model or method?")
+                if ours in places:
+                    raise UserError(f"{path}: {name} and {places[ours][1]} are the same tensor, {ours}: give a "
+                                    "checkpoint that holds it once")
                 shape = tuple(f.get_slice(name).get_shape())
                 if shape != tuple(wanted[ours].shape):
                     raise UserError(f"{path}: {name} has shape {shape}, expected {tuple(wanted[ours].shape)}; "
@@ -133,6 +136,8 @@ def load_base(dit, path, device="cpu", frozen=False):
     """The base DiT's weights: official or diffusers naming, one file or shards, or a checkpoint of this project. Held
     in float32, or if frozen as frozen_dtype says."""
     held = frozen_dtype(device) if frozen else lambda name, tensor: torch.float32
-    # of a checkpoint of ours take the DiT alone; Wan's own names have no such prefix
-    rename = lambda name: None if name.startswith("encoder.") else wan_name(name)
-    load_weights(dit, weight_files(path), rename, device=device, dtype=held)
+    files = weight_files(path)
+    with open_safetensors(files[0]) as f:
+        own = "config" in (f.metadata() or {})                      # of a checkpoint of ours take the DiT alone
+    rename = lambda name: None if own and name.startswith("encoder.") else wan_name(name)
+    load_weights(dit, files, rename, device=device, dtype=held)
