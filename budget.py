@@ -22,14 +22,12 @@ from encoder import MemoryDiT, MemoryEncoder, parse_rate
 from flags import parse_flags
 from model import PRESETS, DiT, UserError, add_lora, autocast, get_preset, pick_device, product_dtype
 from pretrain import PretrainConfig
-from sample import SampleConfig
 from tables import plot
 from video import whole_file
 from wan import WanCodec
 from weights import wan_name
 
 STRIDES = {"dct": DCTCodec.stride, "wan": WanCodec.stride}  # pixels a latent: frames, rows, columns
-STEPS = {"dct": SampleConfig.steps, "wan": 50}              # of the sampler, each twice for guidance
 RATES = ("4x4x2", "2x2x2", "2x2x4", "2x2x1")                # the paper's
 LORA_RANK = PRESETS["wan-14b"].lora
 # GiB, the only figures that are estimated, not counted: a CUDA context with its libraries and fragmentation, NCCL's
@@ -192,7 +190,7 @@ def print_tokens(preset):
 
 def print_flops(preset, encoder, rate, N, M, factor):
     """N: noisy tokens of each stage; factor: a training step's cost in forwards."""
-    c, steps, first = preset.dit, STEPS[preset.codec], int(preset.codec == "wan")
+    c, steps, first = preset.dit, preset.steps, int(preset.codec == "wan")
     phi, section = (encoder_cost(encoder, preset, rate, *x)[0] for x in ((preset.history,), (preset.section, first)))
     forward = [flops(c, n, M) for n in N]
     full = preset.history * frame_tokens(preset, preset.sizes[0])
@@ -248,11 +246,11 @@ def budget(argv):
     N = [n * frame_tokens(preset, preset.sizes[0]) for n in (PretrainConfig.queries, preset.section)]
     M = memory_tokens(preset, preset.sizes[0], config.rate, preset.history)
     print_flops(preset, model.encoder, config.rate, N, M, factor=4 if wan else 3)
-    # in stage 2 up to a segment but one frame waits uncompressed
-    most = max(memory_tokens(preset, preset.sizes[0], config.rate, preset.history - k) for k in range(preset.section))
+    # but for a causal codec up to a segment but one frame waits uncompressed, in stage 2 and when sampling
+    most = max(memory_tokens(preset, preset.sizes[0], config.rate, preset.history - k)
+               for k in range(1 if wan else preset.section))
     print_memory(config, preset, model.encoder, frozen, trained, [N[0] + M, N[1] + most])
-    # of a causal codec sample.py keeps whole segments alone
-    needs = sampling_memory(preset.dit, frozen, trained, N[1] + (M if wan else most), wan)
+    needs = sampling_memory(preset.dit, frozen, trained, N[1] + most, wan)
     total = sum(needs.values())
     table("sampling memory, GiB: batch 1, prompts encoded before", [
         *([k, *gib([v])] for k, v in needs.items() if v), ["= in all", *gib([total])],
@@ -431,7 +429,7 @@ def measure_growth(config, preset, dit, rate):
     out. Returns rows of (seconds, tokens, seconds a section, tokens uncompressed, seconds a section uncompressed), with
     None for what would take too long or too much memory."""
     device, c, frame = next(dit.parameters()).device, preset.dit, frame_tokens(preset, preset.sizes[0])
-    encoder, calls = MemoryEncoder("only-lr", config.rate, config.preset).to(device), 2 * STEPS[preset.codec]
+    encoder, calls = MemoryEncoder("only-lr", config.rate, config.preset).to(device), 2 * preset.steps
     text, t = torch.randn(1, c.text_len, c.text_dim, device=device), torch.full((1,), 500.0, device=device)
     rows = []
     for seconds in tqdm(GROWTH, desc="seconds of history"):
@@ -507,4 +505,4 @@ def speed(argv):
     except torch.OutOfMemoryError:
         raise UserError(f"--preset {config.preset} --batch {config.batch} does not fit the memory of {name}: "
                         "give a smaller one") from None
-    write_growth(config, rows, f"{title}: {STEPS[preset.codec]} steps, guidance")
+    write_growth(config, rows, f"{title}: {preset.steps} steps, guidance")

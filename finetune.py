@@ -8,6 +8,7 @@ The same loss as stage 1 with another target (paper, section 3.2, equation 2):
     python finetune.py --method none --init random         the base: the DiT alone, from prompts, in runs/base
 """
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,22 +25,24 @@ class FinetuneConfig(Config):
     out: str = None               # run folder [runs/finetune; runs/base for --method none]
     encoder: str = "runs/pretrain"     # the stage-1 run whose φ is taken; "none" starts a fresh one (Without Pretrain)
     freeze_encoder: bool = False  # keep φ as it is (the paper's ablation)
-    # The frames of a section are so alike that prompt and memory are needed only near t = 1: go there often.
-    t_mean: float = 2.5           # noise levels that the DiT trains on: sigmoid of N(t_mean, t_std)
-    t_std: float = 2.0            # their spread
+    t_mean: float = None          # noise levels that the DiT trains on: sigmoid of N(t_mean, t_std) [the preset's]
+    t_std: float = None           # their spread [the preset's]
     text_drop: float = 0.1        # share of samples without a prompt, for classifier-free guidance
 
 
-def draw_continuation(config, tools, clips, rows, step):
+def draw_continuation(config, tools, clips, rows, step, longest=False):
     """Stage 2: a history of one length a batch, all that the next section asks for seen in it; the target is that
-    section. clips: the global batch; rows: those to return.
+    section. clips: the global batch; rows: those to return. longest: for figures, the longest history.
 
     In more than a third of the batches histories do not end with a whole segment: their last frames wait uncompressed,
-    and (but for a causal codec) their segments straddle the cuts, as they do when one's own clip is continued.
+    and their segments straddle the cuts, as they do when one's own clip is continued. With a causal codec all segments
+    are whole, as in sample.py: what waits would be more tokens than all of φ.
     """
     section, lone = tools.preset.section, int(tools.codec.causal)
     g = generator(config.seed, step)
     waiting = int(torch.randint(section, (), generator=g)) * int(torch.randint(2, (), generator=g))
+    if lone or longest:
+        waiting = 0
 
     def begins(clip, n, waiting):
         """Where a target may begin after n sections and the waiting frames. A causal codec's first latent is unlike all
@@ -52,7 +55,7 @@ def draw_continuation(config, tools, clips, rows, step):
     if not lengths:                                                 # too much is asked of one of the clips
         waiting = 0
         lengths = possible(waiting)
-    length = lengths[int(torch.randint(len(lengths), (), generator=g))]
+    length = lengths[-1] if longest else lengths[int(torch.randint(len(lengths), (), generator=g))]
     parts = []
     for row in rows:
         clip, g = clips[row], generator(config.seed, step, row)
@@ -96,6 +99,8 @@ def main():
     """Check the flags, build model and data, put φ of stage 1 into it, train."""
     config = parse_flags(FinetuneConfig, __doc__)
     check(config)
+    if config.method in (*FRAME_METHODS, "none") and config.encoder not in (FinetuneConfig.encoder, "none"):
+        raise UserError(f"--encoder {config.encoder}: --method {config.method} has no φ of stage 1; drop it")
     config.out = config.out or ("runs/base" if config.method == "none" else "runs/finetune")
     if config.freeze_encoder and config.method == "none":
         raise UserError("--freeze_encoder --method none: there is no memory encoder to freeze; drop one of the two")
@@ -113,7 +118,8 @@ def main():
             print(f"φ: {encoder}, of {trained['stage']}.py, step {trained.get('step')} of {trained.get('steps')}")
     if config.freeze_encoder:
         model.encoder.requires_grad_(False)
-    train(config, "finetune", draw_continuation, replace(config, text_drop=0.0), model, clips, held_out, tools)
+    train(config, "finetune", draw_continuation, model, clips, held_out, tools, replace(config, text_drop=0.0),
+          partial(draw_continuation, longest=True))
 
 
 if __name__ == "__main__":

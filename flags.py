@@ -2,10 +2,14 @@
 import argparse
 import difflib
 import inspect
+import os
 import re
 import signal
 import sys
+import traceback
 from dataclasses import fields, is_dataclass
+
+import torch.distributed as dist
 
 from model import UserError
 
@@ -64,11 +68,23 @@ def run_main(main):
         # so that half-written files are removed; training has a handler of its own
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         main()
-    except UserError as e:
+    except (UserError, OSError) as e:   # of the latter a full disk, a folder that is gone
         print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as e:                # a full disk, a folder that is gone
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(1)
+        leave_peers(2 if isinstance(e, UserError) else 1)
     except KeyboardInterrupt:
-        sys.exit(130)
+        leave_peers(130)
+    except Exception:
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        leave_peers(1)
+
+
+def leave_peers(code):
+    """Exit. With others in a process group at once: torchrun stops them when this one is gone, and freeing what they
+    share could wait for them."""
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -59,19 +59,25 @@ class Preset:
     optimizer: str = "muon"       # muon or adamw, see optim.py
     lr: float = 0.04              # its peak learning rate
     recompute: bool = False       # compute activations again in the backward pass: a third more time, far less memory
+    # nano's frames of a section are so alike that prompt and memory are needed only near t = 1: it has to go there often
+    t_mean: float = 2.5           # noise levels that the base and stage 2 train on: sigmoid of N(t_mean, t_std)
+    t_std: float = 2.0            # their spread
+    steps: int = 20               # Euler steps of sample.py
+    guidance: float = 1.5         # its classifier-free guidance
+    shift: float = 3.0            # its timestep shift
 
 
+
+WAN = dict(codec="wan", sizes=((480, 832), (832, 480), (624, 624)), fps=16, section=8, history=81,
+           widths=(64, 128, 256, 512), lora=128, optimizer="adamw", lr=1e-4, recompute=True, t_mean=1.3, t_std=1.0,
+           steps=50, guidance=5.0, shift=5.0)       # the sampler as in Wan's own
 PRESETS = {
     "nano": Preset(DiTConfig(dim=256, ffn_dim=1024, heads=4, layers=5, text_dim=64, text_len=24),
                    "dct", ((64, 64),), fps=2, section=4, history=40, widths=(32, 64, 128, 256), rate="2x2x2"),
     "small": Preset(DiTConfig(dim=512, ffn_dim=2048, heads=8, layers=12, text_dim=64, text_len=24),
                     "dct", ((128, 224), (224, 128)), fps=8, section=8, history=160, widths=(64, 128, 256, 512)),
-    "wan-1.3b": Preset(DiTConfig(dim=1536, ffn_dim=8960, heads=12, layers=30),
-                       "wan", ((480, 832), (832, 480), (624, 624)), fps=16, section=8, history=81,
-                       widths=(64, 128, 256, 512), lora=128, optimizer="adamw", lr=1e-4, recompute=True),
-    "wan-14b": Preset(DiTConfig(dim=5120, ffn_dim=13824, heads=40, layers=40),
-                      "wan", ((480, 832), (832, 480), (624, 624)), fps=16, section=8, history=81,
-                      widths=(64, 128, 256, 512), lora=128, optimizer="adamw", lr=1e-4, recompute=True),
+    "wan-1.3b": Preset(DiTConfig(dim=1536, ffn_dim=8960, heads=12, layers=30), **WAN),
+    "wan-14b": Preset(DiTConfig(dim=5120, ffn_dim=13824, heads=40, layers=40), **WAN),
 }
 
 

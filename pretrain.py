@@ -30,7 +30,7 @@ from model import Preset, UserError, add_lora, add_noise, autocast, first_line, 
 from optim import EMA, learning_rate, make_optimizers
 from video import remove_leftovers, whole_file
 from wan import comfy_name
-from weights import load_base, weight_files
+from weights import load_base, read_metadata, weight_files
 
 
 @dataclass
@@ -197,6 +197,11 @@ def resume(config, stage, model, ema, optimizers):
     may be started again as it is."""
     path = Path(config.out) / "state.pt"
     if not path.is_file():
+        weights = path.with_name("model.safetensors")
+        # those of a run that was killed in its first save may go; any others are someone's work
+        if weights.is_file() and read_metadata(weights).get("step", 0) > config.save_every:
+            raise UserError(f"--resume: {path} is not there to go on from, and {weights} would be written over; give "
+                            "another folder, or --init these weights")
         tqdm.write(f"--resume: no {path} yet, so this is the start")
         return 0
     try:
@@ -311,9 +316,9 @@ def take_step(config, tools, ddp, optimizers, ema, batches, step):
 MOST_SKIPPED = 10       # steps in a row without a finite gradient, then a run is given up
 
 
-def train(config, stage, draw, eval_config, model, clips, held_out, tools):
+def train(config, stage, draw, model, clips, held_out, tools, look_config, look_draw):
     """Train `model` on `clips`: draw(config, tools, clips, rows, step) says what to denoise. One loop, both stages.
-    eval_config: the config that the figures on `held_out` are made with."""
+    look_config, look_draw: what the figures on `held_out` are made with."""
     out, rank, world = Path(config.out), tools.rank, tools.world
     ema = EMA(model, config.ema)
     optimizers = make_optimizers(model, config)
@@ -346,13 +351,15 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools):
         if due:
             record["minutes"] = round((time.time() - started) / 60, 2)     # of this start, after a --resume too
             with ema.swapped():
-                record |= look(eval_config, tools, draw, model, held_out, step)
+                record |= look(look_config, tools, look_draw, model, held_out, step)
             if rank == 0:
                 tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in record.items()))
         if rank == 0:
             with (out / "log.jsonl").open("a") as log:
                 log.write(json.dumps(record) + "\n")
         if skipped == MOST_SKIPPED:                                 # the checkpoint stays that of a better time
+            del ddp                                                 # see leave()
+            leave(world)
             raise SystemExit(f"error: the gradient was not finite {skipped} times in a row, up to step {step + 1}; "
                              f"{out} stays as it was last saved" if rank == 0 else 1)
         if rank == 0 and (due or stop):                             # last: what belongs to a saved step is all there
@@ -373,7 +380,7 @@ def train(config, stage, draw, eval_config, model, clips, held_out, tools):
 def check(config):
     """Refuse what cannot work before anything is loaded; what was left open is the preset's."""
     preset = get_preset(config.preset)
-    for key in ("rate", "lora", "optimizer", "lr"):
+    for key in ("rate", "lora", "optimizer", "lr", "t_mean", "t_std"):
         if getattr(config, key) is None:
             setattr(config, key, getattr(preset, key))
     parse_rate(config.rate)
@@ -392,6 +399,13 @@ def check(config):
         raise UserError(f"--optimizer {config.optimizer}: choose muon or adamw")
     if config.init != "random":
         weight_files(config.init)
+    elif config.lora:
+        raise UserError(f"--init random --lora {config.lora}: an update of random weights, which no checkpoint would "
+                        "hold; give --init a base, or --lora 0")
+    if config.window != Config.window and config.method != "sliding-window":
+        raise UserError(f"--window {config.window}: it is for --method sliding-window alone, drop it")
+    if config.vae and preset.codec == "dct":
+        raise UserError(f"--vae {config.vae}: --preset {config.preset} has a codec without weights, drop it")
     return preset
 
 
@@ -436,7 +450,7 @@ def main():
                         f"it has no stage 1, go on with finetune.py --method {config.method}")
     model, *rest = setup(config)
     # figures are for clean histories, without prompts: only memory can answer
-    train(config, "pretrain", draw_retrieval, replace(config, mask="none", text_drop=1.0), model, *rest)
+    train(config, "pretrain", draw_retrieval, model, *rest, replace(config, mask="none", text_drop=1.0), draw_retrieval)
 
 
 if __name__ == "__main__":

@@ -33,9 +33,9 @@ class SampleConfig:
     checkpoint: str = "checkpoints/nano.safetensors"   # weights from finetune.py
     prompt: str = None            # a text, "0s: ... / 4s: ...", or a .txt or .json file; 0 s is where the clip ends
     seconds: float = 6.0          # length of what is generated, rounded up to whole sections
-    steps: int = 20               # Euler steps a section
-    guidance: float = 1.5         # classifier-free guidance: 1 is none
-    shift: float = 3.0            # timestep shift: above 1, more steps at high noise
+    steps: int = None             # Euler steps a section [the preset's]
+    guidance: float = None        # classifier-free guidance: 1 is none [the preset's]
+    shift: float = None           # timestep shift: above 1, more steps at high noise [the preset's]
     seed: int = 0                 # of the noise
     save_file: str = ""           # the video to write [out/NAME.mp4, or out/NAME_continued.mp4 if that is the history]
     memory_seconds: float = 20.0  # how much history is kept in memory; 0: all
@@ -86,9 +86,10 @@ def continue_video(model, codec, texts, memory, config, size):
         started = time.perf_counter()
         frames = memory.frames + torch.arange(preset.section, device=device)
         noise = torch.randn(shape, generator=g).to(device)
+        guidance = config.guidance if text.any() else 1             # without a prompt both passes are the same
         with autocast(device):
             x = euler(model.dit, noise, text[None].to(device), frames, memory.context(), config.steps, config.shift,
-                      config.guidance).float()
+                      guidance).float()
             if not x.isfinite().all():
                 raise UserError(f"{config.checkpoint} makes numbers that are not finite: train it again, or name "
                                 "another")
@@ -146,17 +147,29 @@ def peak_memory(device):
 
 
 def check(config):
+    """Refuse what cannot work; what was left open is the preset's, which is returned."""
     if not config.history:
         raise UserError("--history is missing: give the clip to continue, for example --history assets/clip.mp4")
     if not 0 < config.seconds <= 86400:         # the prompt of each section is looked up first
         raise UserError(f"--seconds {config.seconds}: give a number above 0, at most 86400 (a day)")
     if config.init != "random" and config.preset != SampleConfig.preset:
         raise UserError(f"--preset {config.preset} is for --init random alone: a checkpoint has its own, leave it out")
+    preset = preset_of(config)
+    for key in ("steps", "guidance", "shift"):
+        if getattr(config, key) is None:
+            setattr(config, key, getattr(preset, key))
     if config.steps < 1 or not 0 <= config.guidance < math.inf or not 0 < config.shift < math.inf:
         raise UserError(f"--steps {config.steps} --guidance {config.guidance} --shift {config.shift}: "
                         "expected steps of at least 1, guidance of at least 0, shift above 0")
     if not 0 <= config.memory_seconds < math.inf:
         raise UserError(f"--memory_seconds {config.memory_seconds}: give seconds of history to keep, or 0 for all")
+    random, lora = config.init == "random", config.init != "random" and read_metadata(config.checkpoint).get("lora")
+    idle = {"prompt": random, "init": not random and not lora, "merge": not lora,
+            "vae": preset.codec == "dct", "t5": random or preset.codec == "dct"}
+    for key, nothing in idle.items():
+        if nothing and getattr(config, key):
+            raise UserError(f"--{key} does nothing for {'random weights' if random else config.checkpoint}: drop it")
+    return preset
 
 
 def main():
@@ -164,8 +177,7 @@ def main():
     config = parse_flags(SampleConfig, __doc__, aliases={           # Wan's own names
         "steps": ["--sample_steps"], "shift": ["--sample_shift"], "guidance": ["--sample_guide_scale"],
         "seed": ["--base_seed"]})
-    check(config)
-    preset, device = preset_of(config), pick_device(config.device)
+    preset, device = check(config), pick_device(config.device)
     codec = make_codec(preset, config.vae, device)
     section_seconds = preset.section * codec.stride[0] / preset.fps
     most = math.ceil(config.memory_seconds / section_seconds) if config.memory_seconds else None
@@ -176,12 +188,13 @@ def main():
         save_file = save_file.with_stem(save_file.stem + "_continued")
     if save_file.resolve() == Path(config.history).resolve():
         raise UserError(f"--save_file {save_file} is the history itself: give another name")
-    # random weights, which measure speed and memory, need no prompts, so no text encoder either
     storyboard = [] if config.init == "random" else storyboard_of(config, len(history) / preset.fps)
     if config.init != "random" and read_metadata(config.checkpoint).get("data") == "world":
         check_words(storyboard)
     prompts = make_prompts(preset, config.t5, device if device.type == "cuda" else "cpu")
     texts = embed(prompts, storyboard, sections, preset, codec)
+    if config.init == "random":     # to measure speed and memory: any prompt, with no text encoder
+        texts = [torch.randn_like(text) for text in texts]
     del prompts                     # umT5 is larger than a DiT of 1.3B
 
     latents = codec.encode(to_pixels(kept)[None]).to(device)

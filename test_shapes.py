@@ -1199,7 +1199,8 @@ def test_storyboard_json_errors(tmp_path, text, says):
 # ---------------------------------------------------------------------------------------------------------------------
 # pretrain.py and finetune.py
 
-SETTINGS = dict(pretrain=pretrain.PretrainConfig(preset="tiny"), finetune=finetune.FinetuneConfig(preset="tiny"))
+SETTINGS = dict(pretrain=pretrain.PretrainConfig(preset="tiny"),
+                finetune=finetune.FinetuneConfig(preset="tiny", t_mean=2.5, t_std=2.0))
 
 
 def flags(cache, **changes):
@@ -1461,6 +1462,39 @@ def test_stage_2_begins_with_the_base_and_a_fresh_lora(lora, cache):
     assert gap(two) < 1e-6 and gap(one) > 1e-3
 
 
+def test_weights_without_their_state_are_not_written_over(cache, refused):
+    """--resume begins anew where there is no state.pt; but only what a first save left behind may go."""
+    run(pretrain.main, *flags(cache, out="run", steps=3, save_every=2))
+    log, state = Path("run/log.jsonl"), Path("run/state.pt")
+    before = log.read_text()
+    state.unlink()
+    assert "state.pt is not there" in refused(pretrain.main, *flags(cache, out="run", save_every=2, resume=True))
+    assert log.read_text() == before
+    run(pretrain.main, *flags(cache, out="run", save_every=9, resume=True))
+    assert state.is_file()
+
+
+def test_figures_of_stage_2_are_of_the_longest_history(cache):
+    """Drawn by lot they would differ from seed to seed, and show the newest frames uncompressed in some."""
+    clips = world_clips("held-out", 2, TINY, DCTCodec(), cache)
+    for seed in range(6):
+        config = dataclasses.replace(SETTINGS["finetune"], seed=seed)
+        batch = finetune.draw_continuation(config, tiny_tools(), clips, range(2), 0, longest=True)
+        assert batch.hr.shape[2] == TINY.history and batch.frames[0].tolist() == [40, 41, 42, 43]
+
+
+def test_wan_trains_on_whole_segments_at_its_own_noise_levels():
+    clips = Clips([Clip(randn(16, 13, 8, 8), [])])
+    tools = Tools(PRESETS["tiny-wan"], wan.WanCodec(), wan.ZeroPrompts(16, 24),
+                  MemoryEncoder("proposed", "4x4x2", "tiny-wan"), "cpu")
+    for step in range(20):
+        batch = finetune.draw_continuation(SETTINGS["finetune"], tools, clips, range(1), step)
+        assert batch.hr.shape[2] in (5, 9)                          # the lone first latent, and one or two segments
+    config = finetune.FinetuneConfig(preset="wan-14b", init=str(write_checkpoint()))
+    pretrain.check(config)
+    assert (config.t_mean, config.t_std, config.lora) == (1.3, 1.0, 128)
+
+
 def test_a_base_without_memory(cache, tmp_path):
     run(finetune.main, *flags(cache, out="base", method="none"))
     assert all(k.startswith("dit.") for k in load_file("base/model.safetensors"))
@@ -1497,7 +1531,8 @@ def t5(tmp_path_factory):
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>",
                                          unk_token="<unk>").save_pretrained(path / "tokenizer")
     torch.manual_seed(0)
-    config = transformers.UMT5Config(vocab_size=9, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    config = transformers.UMT5Config(vocab_size=9, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2,
+                                     tie_word_embeddings=False)
     transformers.UMT5EncoderModel(config).save_pretrained(path / "text_encoder")
     return path
 
@@ -1890,7 +1925,7 @@ def continued(storyboard=(), sections=3, prompts=HashPrompts(16, 24), most=None,
     dit, codec = randomize(MemoryDiT("tiny")), DCTCodec()
     memory = Memory(dit, codec, most)
     memory.append(randn(1, 16, 10, 8, 8))
-    config = sample.SampleConfig(steps=2, **settings)
+    config = sample.SampleConfig(**{"steps": 2, "guidance": 1.5, "shift": 3.0, **settings})
     texts = sample.embed(prompts, list(storyboard), sections, TINY, codec)
     made = sample.continue_video(dit, codec, texts, memory, config, (32, 32))
     return torch.cat([latents for latents, _ in made], 2), memory
@@ -2299,9 +2334,9 @@ def test_stage_2_takes_the_presets_rate_as_stage_1_does(tmp_path, monkeypatch):
     write_checkpoint("runs/pretrain/model.safetensors", stage="pretrain")
     monkeypatch.setattr(finetune, "setup", setup)
     with pytest.raises(Reached):
-        run(finetune.main, "--preset", "tiny", "--rate", "4x4x2")
+        run(finetune.main, "--preset", "tiny", "--init", "random", "--rate", "4x4x2")
     with pytest.raises(Reached):
-        run(finetune.main, "--preset", "tiny")
+        run(finetune.main, "--preset", "tiny", "--init", "random")
 
 
 def test_the_base_has_a_folder_of_its_own(cache):
@@ -3117,6 +3152,17 @@ def test_stages_refuse_bad_settings(refused, cache, tmp_path):
         assert says in refused(pretrain.main, *flags(cache, out=tmp_path / "out", **{flag: value}))
     assert "--seed -1" in refused(pretrain.main, *flags(cache, seed=-1))
     assert "nowhere" in refused(pretrain.main, *flags("fresh", init="nowhere"))     # and no stories were drawn for it
+    assert "--lora 0" in refused(pretrain.main, *flags(cache, lora=2))
+    for main, given in (pretrain.main, {"window": 3}), (pretrain.main, {"vae": "v"}), (
+            finetune.main, {"method": "keyframes", "encoder": "runs/other"}):
+        assert "drop it" in refused(main, *flags(cache, **given))
+    weights = write_checkpoint()
+    for flag in "--init", "--merge", "--vae", "--t5":
+        value = () if flag == "--merge" else ("x",)
+        assert f"{flag} does nothing for {weights}" in refused(sample.main, "--history", "a.mp4", "--checkpoint",
+                                                               weights, flag, *value)
+    assert "--prompt does nothing for random weights" in refused(
+        sample.main, "--history", "a.mp4", "--init", "random", "--preset", "tiny", "--prompt", "x")
     assert "--seed" in refused(sample.main, "--seed", 2**64, "--history", "a.mp4")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "state.pt").touch()
@@ -3698,7 +3744,7 @@ def test_a_folder_of_broken_videos(tmp_path, capsys):
         (folder / f"good{i}.mp4").unlink()
     with pytest.raises(UserError, match="10 of 41 videos"):
         data.video_clips(folder, TINY, DCTCodec(), tmp_path / "cache")
-    with pytest.raises(UserError, match="10 of 41 videos"):
+    with pytest.raises(UserError, match="9 of 41 videos"):
         cached(folder)
     assert not Path("exploded").exists()
 

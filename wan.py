@@ -45,7 +45,9 @@ def from_pretrained(cls, folder, flag, dtype):
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         raise UserError(f"{flag} cannot be read ({first_line(e)}): download it again") from None
     if found["missing_keys"]:
-        raise UserError(f"{flag} lacks {sorted(found['missing_keys'])[0]}: download it again")
+        lost = sorted(found["missing_keys"])[0]                     # some versions of transformers do not tie umT5's
+        raise UserError(f"{flag} lacks {lost}: " + ("update transformers" if "embed_tokens" in lost else
+                                                    "download it again"))
     return model
 
 
