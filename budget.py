@@ -119,10 +119,14 @@ def base_bytes(c, frozen):
     return {"base DiT, frozen: bf16, outside its blocks float32": frozen and 4 * frozen - 2 * matrices}
 
 
+def trained_bytes(n):
+    return {"trained weights, float32": 4 * n, "their copies for autocast, bf16": 2 * n}
+
+
 def training_memory(c, frozen, trained, tokens, gpus, encoder_bytes):
     """Bytes on each GPU: ({what: bytes} at any batch, {what: bytes} a sample). DDP has all weights on every GPU. Above
     a frozen base, activation checkpointing keeps only the stream between blocks."""
-    fixed = {**base_bytes(c, frozen), "trained weights, float32": 4 * trained, "their copies for autocast, bf16": 2 * trained,
+    fixed = {**base_bytes(c, frozen), **trained_bytes(trained),
              "gradients": 4 * trained, "AdamW, two moments": 8 * trained, "average of weights (EMA)": 4 * trained,
              "NCCL's buffers (estimate)": NCCL * 2**30 * (gpus > 1), "CUDA context (estimate)": CONTEXT * 2**30}
     block = block_bytes(c, tokens, lora=frozen > 0)
@@ -135,8 +139,8 @@ def training_memory(c, frozen, trained, tokens, gpus, encoder_bytes):
 def sampling_memory(c, frozen, trained, tokens, vae):
     """{what: bytes} at batch 1, a LoRA not merged. Largest inside a block is attention (x and its norm in float32; q,
     k, v in bf16; one rotated in float32: 26 D) or the feed-forward (x, its norm; before and after GELU in bf16)."""
-    return {**base_bytes(c, frozen), "trained weights, float32": 4 * trained,
-            "their copies for autocast, bf16": 2 * trained, "inside one block": tokens * max(26 * c.dim, 8 * c.dim + 4 * c.ffn_dim),
+    return {**base_bytes(c, frozen), **trained_bytes(trained),
+            "inside one block": tokens * max(26 * c.dim, 8 * c.dim + 4 * c.ffn_dim),
             "CUDA context (estimate)": CONTEXT * 2**30, "VAE, decoding (estimate)": VAE * 2**30 * vae}
 
 

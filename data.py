@@ -110,8 +110,10 @@ class DCTCodec:
 
 
 def make_codec(preset, vae="", device="cpu"):
-    """The codec of a preset. vae: the local folder of Wan's, which only Wan's presets need."""
+    """The codec of a preset. vae: the local folder of Wan's, which only Wan's presets have."""
     if preset.codec == "dct":
+        if vae:
+            raise UserError(f"--vae {vae} does nothing: the codec of nano and small has no weights; drop it")
         return DCTCodec()
     return WanCodec(vae, device)
 
@@ -169,6 +171,8 @@ def make_prompts(preset, t5="", device="cpu"):
     """The prompt embedder of a preset. t5: the local folder of umT5, for Wan's presets, which runs on `device`; without
     it, only the empty prompt and those in a cache are known."""
     if preset.codec == "dct":
+        if t5:
+            raise UserError(f"--t5 {t5} does nothing: the prompts of nano and small need no weights; drop it")
         return HashPrompts(preset.dit.text_dim, preset.dit.text_len)
     if t5:
         return UMT5Prompts(t5, preset.dit.text_dim, preset.dit.text_len, device)
@@ -315,7 +319,8 @@ def read_clip(path, preset):
 
 def encode_video(path, preset, codec, cache):
     """Latents (C, F, h, w) float16 of a whole video, cached under its content and all settings that matter."""
-    key = hashlib.sha256(repr((preset.fps, preset.sizes, codec.settings, READING, file_hash(path))).encode()).hexdigest()
+    key = repr((preset.fps, preset.sizes, codec.settings, READING, file_hash(path)))
+    key = hashlib.sha256(key.encode()).hexdigest()
     file = Path(cache) / "videos" / f"{key[:24]}.safetensors"
     if not file.exists():
         frames = read_clip(path, preset)

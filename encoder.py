@@ -354,6 +354,8 @@ def load_model(path, base="", device=torch.device("cpu")):
         model = MemoryDiT(config["preset"], config["method"], config["rate"], config.get("window", 1), empty=True)
     except KeyError as e:
         raise UserError(f"{path}: its config has no usable {e}; train it again") from None
+    if base and not config.get("lora"):
+        raise UserError(f"--init {base} does nothing: {path} holds its own DiT; drop it")
     if config.get("lora"):
         if not base:
             raise UserError(f"{path} holds a LoRA and a memory encoder alone: give the base DiT too, --init")

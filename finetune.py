@@ -23,7 +23,7 @@ from weights import load_weights, read_metadata
 @dataclass
 class FinetuneConfig(Config):
     out: str = None               # run folder [runs/finetune; runs/base for --method none]
-    encoder: str = "runs/pretrain"     # the stage-1 run whose φ is taken; "none" starts a fresh one (Without Pretrain)
+    encoder: str = "runs/pretrain"     # a run of either stage whose φ is taken; "none": a fresh one
     freeze_encoder: bool = False  # keep φ as it is (the paper's ablation)
     t_mean: float = None          # noise levels that the DiT trains on: sigmoid of N(t_mean, t_std) [the preset's]
     t_std: float = None           # their spread [the preset's]

@@ -59,7 +59,7 @@ class Preset:
     optimizer: str = "muon"       # muon or adamw, see optim.py
     lr: float = 0.04              # its peak learning rate
     recompute: bool = False       # compute activations again in the backward pass: a third more time, far less memory
-    # nano's frames of a section are so alike that prompt and memory are needed only near t = 1: it has to go there often
+    # frames of a section of nano are so alike that prompt and memory are needed only near t = 1: go there often
     t_mean: float = 2.5           # noise levels that the base and stage 2 train on: sigmoid of N(t_mean, t_std)
     t_std: float = 2.0            # their spread
     steps: int = 20               # Euler steps of sample.py

@@ -26,11 +26,11 @@ from distributed import first_before_others, leave, same_start, share, start_pro
 from encoder import FRAME_METHODS, METHODS, MemoryDiT, parse_rate
 from figures import look
 from flags import parse_flags, run_main
-from model import Preset, UserError, add_lora, add_noise, autocast, first_line, get_preset, sample_t
+from model import Preset, UserError, add_lora, add_noise, autocast, get_preset, sample_t
 from optim import EMA, learning_rate, make_optimizers
 from video import remove_leftovers, whole_file
 from wan import comfy_name
-from weights import load_base, read_metadata, weight_files
+from weights import load_base, parse_json, read_metadata, weight_files
 
 
 @dataclass
@@ -197,18 +197,13 @@ def resume(config, stage, model, ema, optimizers):
     may be started again as it is."""
     path = Path(config.out) / "state.pt"
     if not path.is_file():
-        weights = path.with_name("model.safetensors")
-        # those of a run that was killed in its first save may go; any others are someone's work
-        if weights.is_file() and read_metadata(weights).get("step", 0) > config.save_every:
-            raise UserError(f"--resume: {path} is not there to go on from, and {weights} would be written over; give "
-                            "another folder, or --init these weights")
         tqdm.write(f"--resume: no {path} yet, so this is the start")
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         step, theirs, tensors, shadow, saved = (state[k] for k in ("step", "config", "model", "ema", "optimizers"))
     except Exception as e:
-        raise UserError(f"--resume: {path} cannot be read ({first_line(e)}); "
+        raise UserError(f"--resume: {path} cannot be read ({type(e).__name__}); "
                         "start again in another folder") from None
     if state["stage"] != stage:
         raise UserError(f"--resume: {path} is of {state['stage']}.py: give another folder")
@@ -251,14 +246,27 @@ def describe(config, model, tools):
               f"{p.dit.dim * tokens / history.numel():.3g} channels a latent value")
 
 
+def read_log(path):
+    """{step: entry} of a run's log.jsonl; {} where there is none. Of a run that was killed, the last line may be half
+    of one. Raises UserError."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    advice = "delete it (its curve is lost, the weights are not)"
+    entries = [parse_json(line, path, advice, "step") for line in lines if line.endswith("\n")]
+    return {entry["step"]: entry for entry in entries}
+
+
 def start_log(out, first):
-    """Make the run folder; of a log that is there, keep the steps that are not done again. (Of a run that was killed,
-    the last line may be half of one.)"""
+    """Make the run folder; of a log that is there, keep the steps that are not done again. Weights without a state to
+    go on from are kept under another name."""
     remove_leftovers(out)
-    log = out / "log.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    log, weights = out / "log.jsonl", out / "model.safetensors"
+    if first == 0 and weights.is_file():
+        kept = weights.with_stem(f"model-step{read_metadata(weights)['step']}")
+        weights.replace(kept)
+        tqdm.write(f"the weights that lay there are {kept} now")
+    entries = read_log(log)
     with whole_file(log) as path:
-        path.write_text("".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first))
+        path.write_text("".join(json.dumps(entry) + "\n" for step, entry in entries.items() if step <= first))
 
 
 def draws(config, tools, draw, clips, first):
@@ -322,9 +330,6 @@ def train(config, stage, draw, model, clips, held_out, tools, look_config, look_
     out, rank, world = Path(config.out), tools.rank, tools.world
     ema = EMA(model, config.ema)
     optimizers = make_optimizers(model, config)
-    for file in ("state.pt", "model.safetensors") if not config.resume else ():
-        if (out / file).exists():
-            raise UserError(f"--out {out} holds a {file} already: go on with --resume, or give another folder")
     first = resume(config, stage, model, ema, optimizers) if config.resume else 0
     same_start(first, ema, world)
     ddp = wrap(config, model, tools)
@@ -387,6 +392,8 @@ def check(config):
     for key in ("steps", "batch", "micro_batch", "save_every", "held_out", "sample_steps", "clips", "window"):
         if getattr(config, key) < 1:
             raise UserError(f"--{key} {getattr(config, key)}: must be at least 1")
+    if not math.isfinite(config.t_mean):
+        raise UserError(f"--t_mean {config.t_mean}: give a number")
     for key in ("lr", "clip_grad", "t_std", "sample_shift"):
         if not 0 < getattr(config, key) < math.inf:
             raise UserError(f"--{key} {getattr(config, key)}: must be above 0")
@@ -404,8 +411,6 @@ def check(config):
                         "hold; give --init a base, or --lora 0")
     if config.window != Config.window and config.method != "sliding-window":
         raise UserError(f"--window {config.window}: it is for --method sliding-window alone, drop it")
-    if config.vae and preset.codec == "dct":
-        raise UserError(f"--vae {config.vae}: --preset {config.preset} has a codec without weights, drop it")
     return preset
 
 
@@ -431,9 +436,16 @@ def setup(config):
     codec, prompts = make_codec(preset, config.vae, device), make_prompts(preset)
     if config.batch < world:
         raise UserError(f"--batch {config.batch}: must be at least the number of processes, {world}")
+    _, *rate = parse_rate(config.rate)
+    grid = [n // (s * p) for n, s, p in zip(preset.sizes[0], codec.stride[1:], preset.dit.patch[1:])]
+    if any(r > 2 * n for r, n in zip(rate, grid)):                 # frames are padded up to whole blocks
+        raise UserError(f"--rate {config.rate}: a block is more than twice a frame of {grid[0]}x{grid[1]} tokens")
+    for file in ("state.pt", "model.safetensors") if not config.resume else ():
+        if (Path(config.out) / file).exists():
+            raise UserError(f"--out {config.out} holds a {file} already: go on with --resume, or give another folder")
+    model = make_model(config, preset, codec, device)
     with first_before_others(rank, world):                          # the first one fills the cache
         clips, held_out = open_dataset(config, codec)
-    model = make_model(config, preset, codec, device)
     return model, clips, held_out, Tools(preset, codec, prompts, model.encoder, device, rank, world)
 
 

@@ -163,9 +163,8 @@ def check(config):
                         "expected steps of at least 1, guidance of at least 0, shift above 0")
     if not 0 <= config.memory_seconds < math.inf:
         raise UserError(f"--memory_seconds {config.memory_seconds}: give seconds of history to keep, or 0 for all")
-    random, lora = config.init == "random", config.init != "random" and read_metadata(config.checkpoint).get("lora")
-    idle = {"prompt": random, "init": not random and not lora, "merge": not lora,
-            "vae": preset.codec == "dct", "t5": random or preset.codec == "dct"}
+    random = config.init == "random"
+    idle = {"prompt": random, "t5": random, "merge": random or not read_metadata(config.checkpoint).get("lora")}
     for key, nothing in idle.items():
         if nothing and getattr(config, key):
             raise UserError(f"--{key} does nothing for {'random weights' if random else config.checkpoint}: drop it")
@@ -188,6 +187,8 @@ def main():
         save_file = save_file.with_stem(save_file.stem + "_continued")
     if save_file.resolve() == Path(config.history).resolve():
         raise UserError(f"--save_file {save_file} is the history itself: give another name")
+    size, length = history.shape[1:3], preset.section * codec.stride[0]         # frames a section
+    writer = VideoWriter(save_file, preset.fps, *size)
     storyboard = [] if config.init == "random" else storyboard_of(config, len(history) / preset.fps)
     if config.init != "random" and read_metadata(config.checkpoint).get("data") == "world":
         check_words(storyboard)
@@ -214,9 +215,8 @@ def main():
           f"{len(kept) / preset.fps:g} s (uncompressed: {memory.uncompressed})")
 
     made, times = [], []
-    size, length = history.shape[1:3], preset.section * codec.stride[0]         # frames a section
     every = max(1, length // 4, math.ceil(sections * length / 48))              # for the strip: at most 48 frames stay
-    with VideoWriter(save_file, preset.fps, *size) as writer:
+    with writer:
         writer.write(history)
         for latents, seconds in tqdm(continue_video(model, codec, texts, memory, config, size), total=sections,
                                      desc="sections"):

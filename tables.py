@@ -18,7 +18,7 @@ from data import make_codec, make_prompts, warn, world_clips
 from encoder import FRAME_METHODS, load_model
 from flags import parse_flags
 from model import PRESETS, UserError, pick_device, product_dtype
-from pretrain import Tools
+from pretrain import Tools, read_log
 from video import file_hash, whole_file
 from weights import open_safetensors, parse_json, read_metadata, weight_files
 
@@ -193,7 +193,7 @@ def recall(folder, trained, name, asked):
                    known["curve"], known["machine"]), key
     if not weights.exists():
         kept = known["asked"]
-        other = [f"{k} {kept.get(k)}, not {v}" for k, v in asked.items() if kept.get(k) != v]
+        other = [f"{k} {kept.get(k)!s:.20}, not {v!s:.20}" for k, v in asked.items() if kept.get(k) != v]
         raise UserError(f"{file} was measured with {'; '.join(other)}: ask for the same, or give the run with its "
                         "weights")
     return None, key
@@ -207,9 +207,8 @@ def measure_runs(runs, name, asked, machine, measure):
     rows = []
     for folder, (row, key) in known.items():
         if row is None:
-            log = Path(folder) / "log.jsonl"
-            log = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-            curve = [[entry["step"], entry["psnr"]] for entry in log if "psnr" in entry]
+            log = read_log(Path(folder) / "log.jsonl")
+            curve = [[step, entry["psnr"]] for step, entry in log.items() if "psnr" in entry]
             values, pictures, costs = measure(folder)
             row = Row(*label(runs[folder]), values, pictures, costs, folder, runs[folder], curve, machine)
             metadata = {"config": json.dumps(row.trained),

@@ -1462,16 +1462,16 @@ def test_stage_2_begins_with_the_base_and_a_fresh_lora(lora, cache):
     assert gap(two) < 1e-6 and gap(one) > 1e-3
 
 
-def test_weights_without_their_state_are_not_written_over(cache, refused):
-    """--resume begins anew where there is no state.pt; but only what a first save left behind may go."""
-    run(pretrain.main, *flags(cache, out="run", steps=3, save_every=2))
-    log, state = Path("run/log.jsonl"), Path("run/state.pt")
-    before = log.read_text()
+def test_weights_without_their_state_are_not_written_over(cache, capsys):
+    """--resume begins anew where there is no state.pt, and keeps the weights that lie there under another name."""
+    run(pretrain.main, *flags(cache, out="run", steps=3))
+    weights, state = Path("run/model.safetensors"), Path("run/state.pt")
+    before = weights.read_bytes()
     state.unlink()
-    assert "state.pt is not there" in refused(pretrain.main, *flags(cache, out="run", save_every=2, resume=True))
-    assert log.read_text() == before
-    run(pretrain.main, *flags(cache, out="run", save_every=9, resume=True))
-    assert state.is_file()
+    run(pretrain.main, *flags(cache, out="run", steps=2, resume=True))
+    assert Path("run/model-step3.safetensors").read_bytes() == before != weights.read_bytes()
+    assert state.is_file() and [entry for entry in pretrain.read_log(Path("run/log.jsonl"))] == [1, 2]
+    assert "model-step3.safetensors now" in capsys.readouterr().out
 
 
 def test_figures_of_stage_2_are_of_the_longest_history(cache):
@@ -1850,7 +1850,8 @@ def test_wan_recipe_on_two_processes(videos, tmp_path, vae, t5):
     for run_of in stage1, stage2:
         still = [name for name, x in run_of.items() if name.endswith("lora_B") and x.abs().max() < 1e-3]
         assert not still
-    assert all(not torch.equal(x, stage1[name]) for name, x in stage2.items() if x.ndim > 1)
+    assert [name for name, x in stage2.items() if x.ndim > 1 and torch.equal(x, stage1[name])] == [
+        "encoder.patch_embedding.weight"]                           # for frames that wait: with Wan there are none
     assert min(losses("runs/wan_pretrain", "grad_norm") + losses("runs/wan_finetune", "grad_norm")) > 0
     assert {n.split(".")[0] for n in stage2} == {"dit", "encoder"}
     assert all(".lora_" in n for n in stage2 if n.startswith("dit."))
@@ -3153,14 +3154,17 @@ def test_stages_refuse_bad_settings(refused, cache, tmp_path):
     assert "--seed -1" in refused(pretrain.main, *flags(cache, seed=-1))
     assert "nowhere" in refused(pretrain.main, *flags("fresh", init="nowhere"))     # and no stories were drawn for it
     assert "--lora 0" in refused(pretrain.main, *flags(cache, lora=2))
+    assert "8x8 tokens" in refused(pretrain.main, *flags(cache, preset="nano", rate="32x1x1"))
+    assert "--t_mean" in refused(pretrain.main, *flags(cache, t_mean="nan"))
     for main, given in (pretrain.main, {"window": 3}), (pretrain.main, {"vae": "v"}), (
             finetune.main, {"method": "keyframes", "encoder": "runs/other"}):
         assert "drop it" in refused(main, *flags(cache, **given))
     weights = write_checkpoint()
-    for flag in "--init", "--merge", "--vae", "--t5":
-        value = () if flag == "--merge" else ("x",)
-        assert f"{flag} does nothing for {weights}" in refused(sample.main, "--history", "a.mp4", "--checkpoint",
-                                                               weights, flag, *value)
+    write_video("a.mp4")
+    for flag in ("--init", "base"), ("--merge",), ("--vae", "vae"), ("--t5", "t5"):
+        assert " ".join((*flag, "does nothing")) in refused(sample.main, "--history", "a.mp4", "--checkpoint", weights,
+                                                            *flag)
+    assert "suffix" in refused(sample.main, "--history", "a.mp4", "--checkpoint", weights, "--save_file", "a.png")
     assert "--prompt does nothing for random weights" in refused(
         sample.main, "--history", "a.mp4", "--init", "random", "--preset", "tiny", "--prompt", "x")
     assert "--seed" in refused(sample.main, "--seed", 2**64, "--history", "a.mp4")
@@ -3427,6 +3431,7 @@ def crash(stage, more, cache, times, in_saves, world=1, seed=0, steps=12):
         counts[0] += any(out.glob(".[ms]*.part"))
         counts[1] += (out / "state.pt").exists()
         finish(stage.main, *given, "--out", out, "--resume", world=world)
+        (out / "model-step3.safetensors").unlink(missing_ok=True)   # killed in the first save: kept, as it may be work
         assert_same_run(Path("whole"), out)
     return counts
 
