@@ -120,6 +120,7 @@ def base_bytes(c, frozen):
 
 
 def trained_bytes(n):
+    """{what: bytes} of n parameters that are trained, as a forward pass needs them."""
     return {"trained weights, float32": 4 * n, "their copies for autocast, bf16": 2 * n}
 
 

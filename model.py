@@ -67,7 +67,6 @@ class Preset:
     shift: float = 3.0            # its timestep shift
 
 
-
 WAN = dict(codec="wan", sizes=((480, 832), (832, 480), (624, 624)), fps=16, section=8, history=81,
            widths=(64, 128, 256, 512), lora=128, optimizer="adamw", lr=1e-4, recompute=True, t_mean=1.3, t_std=1.0,
            steps=50, guidance=5.0, shift=5.0)       # the sampler as in Wan's own
