@@ -17,7 +17,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import DCTCodec
+from codec import DCTCodec
 from encoder import MemoryDiT, MemoryEncoder, parse_rate
 from flags import parse_flags
 from model import PRESETS, DiT, UserError, add_lora, autocast, get_preset, pick_device, product_dtype

@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 import budget
 import world
-from data import STORY_SECTIONS, Clip, Clips, make_codec, to_frames, to_pixels, world_clips
+from codec import make_codec, to_frames, to_pixels
+from data import STORY_SECTIONS, Clip, Clips, world_clips
 from model import UserError, autocast, euler, get_preset, pick_device
 from pretrain import downsample, generator
 from scores import MAIN, score

@@ -27,8 +27,8 @@ from tqdm import tqdm
 import budget
 import consistency
 import judge
-from data import (HISTORY_SECTIONS, Clip, Clips, make_codec, make_prompts, psnr, read_clip, to_frames, to_pixels,
-                  video_clips)
+from codec import make_codec, make_prompts, psnr, to_frames, to_pixels
+from data import HISTORY_SECTIONS, Clip, Clips, read_clip, video_clips
 from encoder import MemoryEncoder
 from figures import preview
 from finetune import ask

@@ -4,7 +4,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import psnr, to_frames
+from codec import psnr, to_frames
 from model import autocast, euler, flow_loss
 from video import contact_strip
 

@@ -1,6 +1,7 @@
-"""The command line: flags from a dataclass, commands, exit codes."""
+"""The command line: flags from a dataclass, commands, warnings, exit codes."""
 import argparse
 import difflib
+import functools
 import inspect
 import os
 import re
@@ -10,6 +11,7 @@ import traceback
 from dataclasses import fields, is_dataclass
 
 import torch.distributed as dist
+from tqdm import tqdm
 
 from model import UserError
 
@@ -60,6 +62,12 @@ def run_command(script, commands, description):
     if name not in commands:
         raise UserError(f"{script} {name}: choose one of {', '.join(commands)}")
     commands[name](sys.argv[2:])
+
+
+@functools.lru_cache
+def warn(message):
+    """Say it once, above any progress bar."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
 
 
 def run_main(main):

@@ -48,7 +48,7 @@ class DiTConfig:
 @dataclass
 class Preset:
     dit: DiTConfig
-    codec: str                    # "dct" or "wan", see data.py
+    codec: str                    # "dct" or "wan", see codec.py and wan.py
     sizes: tuple                  # (height, width) of the aspect-ratio buckets, pixels; the first is the default
     fps: float                    # frames a second
     section: int                  # latent frames generated at once = encoded at once

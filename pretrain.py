@@ -21,7 +21,8 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data import make_codec, make_prompts, open_dataset
+from codec import make_codec, make_prompts
+from data import open_dataset
 from distributed import first_before_others, leave, same_start, share, start_processes, wrap
 from encoder import FRAME_METHODS, METHODS, MemoryDiT, parse_rate
 from figures import look

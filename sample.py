@@ -18,9 +18,10 @@ import torch
 from tqdm import tqdm
 
 import world
-from data import make_codec, make_prompts, read_clip, to_frames, to_pixels, warn
+from codec import make_codec, make_prompts, to_frames, to_pixels
+from data import read_clip
 from encoder import Memory, MemoryDiT, load_model
-from flags import parse_flags, run_main
+from flags import parse_flags, run_main, warn
 from model import PRESETS, UserError, autocast, euler, get_preset, merge_lora, pick_device
 from storyboard import parse_storyboard, prompt_at, storyboard_beside
 from video import VideoWriter, contact_strip

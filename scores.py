@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import world
-from data import psnr
+from codec import psnr
 
 SHIFT = 4           # pixels: a frame may lie so far from where it should, in each direction
 OTHERS = 15         # distractors of a set

@@ -14,9 +14,10 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
-from data import make_codec, make_prompts, warn, world_clips
+from codec import make_codec, make_prompts
+from data import world_clips
 from encoder import FRAME_METHODS, load_model
-from flags import parse_flags
+from flags import parse_flags, warn
 from model import PRESETS, UserError, pick_device, product_dtype
 from pretrain import Tools, read_log
 from video import file_hash, whole_file
@@ -26,7 +27,7 @@ from weights import open_safetensors, parse_json, read_metadata, weight_files
 SAME = ("preset", "init", "data", "clips", "steps", "batch", "mask", "queries", "text_drop", "t_mean", "t_std", "lora",
         "optimizer", "warmup", "clip_grad", "ema", "held_out", "sample_steps", "sample_shift")
 # what a measurement depends on besides the weights: changed, a run is measured again
-SOURCES = [f"{name}.py" for name in ("model", "weights", "encoder", "data", "world", "wan", "video", "pretrain", "eval",
+SOURCES = [f"{name}.py" for name in ("model", "weights", "encoder", "codec", "data", "world", "wan", "video", "pretrain", "eval",
                                      "consistency", "scores", "budget", "tables",
                                      "storyboard")]
 

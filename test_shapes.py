@@ -42,6 +42,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import budget
+import caching
+import codec as codecs
 import consistency
 import data
 import encoder
@@ -58,7 +60,8 @@ import tables
 import video
 import wan
 import world as W
-from data import Clip, Clips, DCTCodec, HashPrompts, to_frames, to_pixels, world_clips
+from codec import DCTCodec, HashPrompts, to_frames, to_pixels
+from data import Clip, Clips, world_clips
 from encoder import BLOCK_METHODS, Memory, MemoryDiT, MemoryEncoder
 from flags import field_help, run_main
 from model import PRESETS, DiT, DiTConfig, Preset, UserError, add_noise, attend, euler, pad_replicate, token_positions
@@ -737,7 +740,7 @@ def test_dct_codec_on_stories():
         pixels = torch.from_numpy(data.story_pixels("train", i, PRESETS["nano"])[1])
         latents.append(codec.encode(to_pixels(pixels)[None]))
         again = to_frames(codec.decode(latents[-1]))[0]
-        assert again.shape == pixels.shape == (52, 64, 64, 3) and data.psnr(again, pixels).mean() > 25
+        assert again.shape == pixels.shape == (52, 64, 64, 3) and codecs.psnr(again, pixels).mean() > 25
     assert 0.6 < torch.cat(latents).var() < 1.6
 
 
@@ -760,12 +763,12 @@ def test_hash_prompts():
     prompts = HashPrompts(16, 5)
     a, b = prompts("A cat, a dog"), prompts("dog dog the cat a dog and more")
     assert a.shape == b.shape == (5, 16) and torch.equal(a, HashPrompts(16, 5)("a cat a dog"))
-    code = lambda i: 0.5 * torch.from_numpy(data.hash_word(f"position {i}", 16))
+    code = lambda i: 0.5 * torch.from_numpy(codecs.hash_word(f"position {i}", 16))
     assert torch.allclose(a[1] - code(1), b[3] - code(3)) and torch.allclose(a[3] - code(3), b[0] - code(0))
     assert torch.equal(a[4], torch.zeros(16)) and not prompts("").any() and not prompts(" ,. ").any() and b.any(1).all()
-    words = torch.stack([torch.from_numpy(data.hash_word(w, 64)) for w in "one two three four five six".split()])
+    words = torch.stack([torch.from_numpy(codecs.hash_word(w, 64)) for w in "one two three four five six".split()])
     assert (torch.corrcoef(words) - torch.eye(6)).abs().max() < 0.6 and 0.8 < words.var() < 1.2
-    assert data.hash_word("cat", 3).tolist() == pytest.approx([2.32206, -0.77695, -1.08425], 1e-4)  # weights rely on it
+    assert codecs.hash_word("cat", 3).tolist() == pytest.approx([2.32206, -0.77695, -1.08425], 1e-4)  # weights rely on it
 
 
 def test_clips_cover_every_clip_once_an_epoch():
@@ -797,7 +800,7 @@ def test_world_clips_are_cached(tmp_path, monkeypatch):
         assert torch.equal(a.latents, b.latents) and a.storyboard == b.storyboard and b.pixels is None
     clip = first[1]
     assert clip.latents.shape == (16, 52, 8, 8) and clip.pixels.shape == (52, 32, 32, 3)
-    assert data.psnr(to_frames(codec.decode(clip.latents[None].float()))[0], clip.pixels).min() > 20
+    assert codecs.psnr(to_frames(codec.decode(clip.latents[None].float()))[0], clip.pixels).min() > 20
     assert clip.prompt(7) == clip.prompt(4) == W.caption(clip.story, 1) != clip.prompt(8)
     assert torch.equal(clip.truth(torch.tensor([5, 9]))[0], clip.pixels[[5, 9]])
 
@@ -843,7 +846,7 @@ def test_folder_of_videos(tmp_path, capsys):
         expected = ["", "", ""] if name == 1 else [f"waves {name}", f"waves {name}", f"more {name}"]
         assert [clip.prompt(frame) for frame in (0, 3, 4)] == expected
     clip = held_out[0]
-    assert data.psnr(to_frames(DCTCodec().decode(clip.latents[None].float()))[0], clip.pixels).mean() > 30
+    assert codecs.psnr(to_frames(DCTCodec().decode(clip.latents[None].float()))[0], clip.pixels).mean() > 30
     again, _ = data.video_clips(folder, TINY, DCTCodec(), tmp_path / "cache")
     assert all(torch.equal(a.latents, b.latents) for a, b in zip(train.clips, again.clips))
     (folder / "2.mp4").write_text("")
@@ -1416,7 +1419,7 @@ def test_everything_stays_on_the_device(preset, method, lora, monkeypatch):
     monkeypatch.setattr(pretrain, "load_base", lambda dit, path, device, frozen: dit.to(device))
     monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())
     p, meta = PRESETS[preset], torch.device("meta")
-    codec = data.make_codec(p)
+    codec = codecs.make_codec(p)
     dit = pretrain.make_model(pretrain.PretrainConfig(preset, method=method, lora=lora), p, codec, meta)
     random = lambda *shape: torch.randn(*shape, device=meta)                    # noqa: E731
     n = 2 * p.section + codec.causal
@@ -1697,7 +1700,7 @@ print((memory("VmHWM") - before) / sum(p.numel() * p.element_size() for p in dit
 
 def cached(folder, *more, preset="tiny"):
     """data.py cache, in this process."""
-    data.cache_videos(["--videos", str(folder), "--out", "shards", "--preset", preset, "--shard", "4", *map(str, more)])
+    caching.cache_videos(["--videos", str(folder), "--out", "shards", "--preset", preset, "--shard", "4", *map(str, more)])
     return Path("shards")
 
 
@@ -1721,7 +1724,7 @@ def test_cache_goes_on_and_is_never_stale(tmp_path, capsys, monkeypatch):
         if i != 3:
             assert torch.allclose(clip.cut(2, 9), codec.encode(to_pixels(pixels[2:9])[None]), atol=0.05)
     calls = []
-    monkeypatch.setattr(data, "cache_video", lambda path, *a, real=data.cache_video: calls.append(path.name) or real(
+    monkeypatch.setattr(caching, "cache_video", lambda path, *a, real=caching.cache_video: calls.append(path.name) or real(
         path, *a))
     cached(folder)
     assert calls == []
@@ -1751,7 +1754,7 @@ def test_cache_stops_once_too_many_are_bad(tmp_path, monkeypatch):
     for i in (0, 1, 3):
         (tmp_path / "videos" / f"{i}.mp4").write_text("not a video")
     calls = []
-    monkeypatch.setattr(data, "cache_video", lambda path, *a, real=data.cache_video: calls.append(path.name) or real(
+    monkeypatch.setattr(caching, "cache_video", lambda path, *a, real=caching.cache_video: calls.append(path.name) or real(
         path, *a))
     with pytest.raises(UserError, match="3 of 10 videos"):
         cached(tmp_path / "videos", "--shard", 2)
@@ -2134,8 +2137,8 @@ def test_lpips_refuses_weights_that_do_not_fit(damage, says):
 
 def test_psnr_known_values():
     a = torch.full((2, 8, 8, 3), 100, dtype=torch.uint8)
-    assert data.psnr(a, a).tolist() == [100, 100]
-    assert data.psnr(a, a + torch.tensor([10, 20]).to(torch.uint8).view(2, 1, 1, 1)).tolist() == pytest.approx(
+    assert codecs.psnr(a, a).tolist() == [100, 100]
+    assert codecs.psnr(a, a + torch.tensor([10, 20]).to(torch.uint8).view(2, 1, 1, 1)).tolist() == pytest.approx(
         [28.1308, 22.1102], abs=1e-3)
 
 
@@ -2263,7 +2266,7 @@ def test_table1(runs, cache, capsys):
     batch = draw_retrieval(pretrain.PretrainConfig(text_drop=1.0), tiny_tools(), clips, range(2), 0)
     with torch.no_grad(), model.autocast(torch.device("cpu")):
         x = euler(dit.dit, batch.noise, batch.text, batch.frames, dit.encode(batch.hr, batch.lr), 2, 3.0)
-    psnr = data.psnr(to_frames(DCTCodec().decode(x.float())), batch.truth).mean().item()
+    psnr = codecs.psnr(to_frames(DCTCodec().decode(x.float())), batch.truth).mean().item()
     assert float(row["psnr"]) == pytest.approx(psnr, abs=0.01)
     _, ages, shown = evaluation.retrieve(dit, tiny_tools(), clips, evaluation.Table1Config(steps=1), None)
     assert torch.equal(ages, 39 - batch.frames) and torch.equal(shown["truth"], batch.truth)
@@ -2618,7 +2621,7 @@ def test_table2(stage2, cache, capsys):
     tools, config = dataclasses.replace(tiny_tools(), encoder=None), consistency.Table2Config(steps=1)
     made = consistency.continue_stories(dit, tools, clips, 10, 2, config).flatten(1, 2)
     truth = torch.stack([clip.pixels[40:48] for clip in clips.clips])
-    assert float(row["psnr"]) == pytest.approx(data.psnr(made, truth).mean().item(), abs=0.01)
+    assert float(row["psnr"]) == pytest.approx(codecs.psnr(made, truth).mean().item(), abs=0.01)
 
     seeds = read_csv("assets/table2_seeds.csv")
     assert [(r["method"], r["seed"], r["seeds"]) for r in seeds if r["method"] == "proposed"] == [
@@ -3258,7 +3261,7 @@ def test_shipped_model_remembers_and_obeys(tmp_path):
     dit, config = encoder.load_model(SHIPPED)
     assert config["stage"] == "finetune" and config["preset"] == "nano"
     preset, codec = PRESETS["nano"], DCTCodec()
-    tools = Tools(preset, codec, data.make_prompts(preset), dit.encoder, torch.device("cpu"))
+    tools = Tools(preset, codec, codecs.make_prompts(preset), dit.encoder, torch.device("cpu"))
     clips = world_clips("held-out", 8, preset, codec, tmp_path, keep_pixels=True).clips
     hr = torch.stack([clip.latents[:, :40].float() for clip in clips])
     truth = torch.stack([clip.pixels[40:44] for clip in clips])
@@ -3268,7 +3271,7 @@ def test_shipped_model_remembers_and_obeys(tmp_path):
         memory = None if history is None else dit.encode(history, pretrain.downsample(tools, history))
         x = euler(dit.dit, randn(8, 16, 4, 16, 16), text, torch.arange(40, 44), memory, steps=10)
         frames = to_frames(codec.decode(x))
-        found[name] = data.psnr(frames, truth).mean().item()
+        found[name] = codecs.psnr(frames, truth).mean().item()
         if name == "right":                                         # the place asked for, not another of the story
             written = scores.score(frames[None, :, None], [clip.story for clip in clips], 10)
             assert written["obeys"].mean() >= 75, written["obeys"]
@@ -3282,7 +3285,7 @@ def test_shipped_model_shows_what_the_prompt_asks_for(tmp_path):
     was asked for, of the six."""
     dit, _ = encoder.load_model(SHIPPED)
     preset, codec = PRESETS["nano"], DCTCodec()
-    tools = Tools(preset, codec, data.make_prompts(preset), dit.encoder, torch.device("cpu"))
+    tools = Tools(preset, codec, codecs.make_prompts(preset), dit.encoder, torch.device("cpu"))
     right = []
     for clip in world_clips("held-out", 4, preset, codec, tmp_path).clips:
         hr = clip.latents[None, :, :40].float()
