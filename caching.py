@@ -7,20 +7,19 @@ manifest.json, written last, says that the cache is whole. data.py reads it: cac
 import functools
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from codec import make_codec, make_prompts, to_pixels
-from data import nearest_size, read_index, report_skipped, too_many, warn_past_end, window_settings
+from data import name_digest, nearest_size, read_index, report_skipped, too_many, warn_past_end, window_settings
+from distributed import leave, start_processes
 from flags import parse_flags, warn
-from model import UserError, get_preset, pick_device
+from model import UserError, get_preset
 from storyboard import parse_entries, prompt_at, storyboard_beside
 from video import file_hash, find_videos, read_video, remove_leftovers, video_info, whole_file
 
@@ -33,7 +32,7 @@ class CacheConfig:
     captions: str = ""            # a JSONL file instead: {"video": path in the folder, "caption" or "storyboard": ...}
     vae: str = ""                 # Wan: local folder of its VAE in the diffusers layout
     t5: str = ""                  # Wan: local folder of umT5 in the diffusers layout
-    shard: int = 32               # videos a shard
+    shard: int = 32               # about so many videos a shard
     device: str = "auto"          # auto, cpu, cuda, mps; where the VAE and umT5 run
 
 
@@ -114,6 +113,13 @@ def cache_video(path, storyboard, preset, codec, prompts):
     return windows
 
 
+def shard_of(name, n):
+    """Which of n shards a video belongs to, by its name (linear hashing, Litwin 1980): one video more changes its own
+    shard alone, one shard more splits one other."""
+    number, power = name_digest(name) // 10, 1 << n.bit_length()    # the last digit says which are held out
+    return number % power if number % power < n else number % (power // 2)
+
+
 def cache_shard(shard, videos, key, config, preset, codec, prompts, bar):
     """Encode {path: storyboard or error} into one shard with its index beside it. Nothing appears half-written, and
     the index, which carries the key, last."""
@@ -141,26 +147,37 @@ def cache_shard(shard, videos, key, config, preset, codec, prompts, bar):
         part.write_text(json.dumps(index))
 
 
+def read_shard(paths, config, captions):
+    """({path: storyboard, or the error that reading it gave}, what the videos and captions of a shard hold)."""
+    videos, content = {}, []
+    for path in paths:
+        name = path.relative_to(config.videos).as_posix()
+        try:
+            videos[path] = (captions.get(name) if captions is not None else storyboard_beside(path)) or []
+            content.append((name, file_hash(path), str(videos[path])))
+        except (UserError, OSError) as e:
+            videos[path] = UserError(str(e))
+            content.append((name, str(e)))
+    return videos, content
+
+
 def cache_videos(argv):
     """Encode a folder of videos, once, into shards to train on: windows of a history and a section each. Goes on where
     it was stopped; under torchrun the processes share the work."""
     config = parse_flags(CacheConfig, cache_videos.__doc__, argv)
     if not config.videos or not config.out:
         raise UserError("--videos and --out are needed: a folder of videos, and one for the shards")
-    preset, device = get_preset(config.preset), pick_device(config.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    codec, prompts = make_codec(preset, config.vae, device), make_prompts(preset, config.t5, device)
-    if not codec.decodes:
-        raise UserError(f"--preset {config.preset} needs --vae: a local folder of Wan's VAE in the diffusers layout "
-                        "(nano and small need none)")
+    preset = get_preset(config.preset)
     if config.shard < 1:
         raise UserError(f"--shard {config.shard}: must be at least 1")
     if Path(config.out).exists() and not Path(config.out).is_dir():
         raise UserError(f"--out {config.out} is a file: give a folder for the shards")
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world_size > 1:
-        dist.init_process_group("gloo", timeout=timedelta(days=7))  # the slowest is waited for
+    # the slowest is waited for
+    rank, world_size, device = start_processes(config.device, wait=timedelta(days=7), tensors=False)
+    codec, prompts = make_codec(preset, config.vae, device), make_prompts(preset, config.t5, device)
+    if not codec.decodes:
+        raise UserError(f"--preset {config.preset} needs --vae: a local folder of Wan's VAE in the diffusers layout "
+                        "(nano and small need none)")
     paths, out = find_videos(config.videos), Path(config.out)
     captions = find_captions(config, paths)
     if captions is None and any(path.with_suffix(s).is_file() for path in paths for s in (".txt", ".json")) or captions:
@@ -169,19 +186,14 @@ def cache_videos(argv):
     if world_size > 1:
         dist.barrier()
     settings = window_settings(preset, codec) | {"prompts": prompts.settings}
-    shards = [paths[i:i + config.shard] for i in range(0, len(paths), config.shard)]
+    shards = [[] for _ in range(-(-len(paths) // config.shard))]
+    for path in paths:
+        shards[shard_of(path.relative_to(config.videos).as_posix(), len(shards))].append(path)
     mine = range(rank, len(shards), world_size)
     bar, skipped = tqdm(total=sum(len(shards[k]) for k in mine), desc="caching videos", disable=rank > 0), []
     for k in mine:
-        videos, content, shard = {}, [], out / f"shard-{k:05}.safetensors"
-        for path in shards[k]:
-            name = path.relative_to(config.videos).as_posix()
-            try:
-                videos[path] = (captions.get(name) if captions is not None else storyboard_beside(path)) or []
-                content.append((name, file_hash(path), str(videos[path])))
-            except (UserError, OSError) as e:
-                videos[path] = UserError(str(e))
-                content.append((name, str(e)))
+        shard = out / f"shard-{k:05}.safetensors"
+        videos, content = read_shard(shards[k], config, captions)
         key = hashlib.sha256(repr((settings, content)).encode()).hexdigest()
         index = shard.with_suffix(".json")
         made = read_index(index, "key", "bytes") if index.is_file() and shard.is_file() else {}
@@ -193,9 +205,7 @@ def cache_videos(argv):
         if too_many(skipped, len(paths)):                           # whatever else comes: do not encode it
             report_skipped(skipped, len(paths), config.videos)
     bar.close()
-    if world_size > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    leave(world_size)
     if rank == 0:
         finish_cache(config, out, len(shards), settings, len(paths))
 

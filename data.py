@@ -198,19 +198,21 @@ def warn_past_end(path, seconds, end):
     warn(f"{path}: its storyboard goes on to {seconds:g} s, but the video ends at {end:g} s")
 
 
-def split(videos):
+def name_digest(name):
+    """A large number that depends on a video's name alone."""
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16)
+
+
+def split_videos(videos):
     """(names of videos to train on, of held-out ones): about one in ten is held out, each by its own name, so that of
     many videos one that is added changes nothing for the others; at least one, and never all; of a single one, both."""
-    digest = lambda name: int(hashlib.sha256(name.encode()).hexdigest(), 16)
-    order = sorted(videos, key=digest)
-    held = [name for name in order if digest(name) % 10 == 0][:max(1, len(order) - 1)] or order[:1]
+    order = sorted(videos, key=name_digest)
+    held = [name for name in order if name_digest(name) % 10 == 0][:max(1, len(order) - 1)] or order[:1]
     return [name for name in order if name not in set(held)] or order, held
 
 
-def video_clips(folder, preset, codec, cache):
-    """(clips to train on, held-out clips) of a folder of videos, see split(). Files that cannot be used are counted and
-    listed, never replaced by another; above 20 % of them it stops."""
-    paths = find_videos(folder)
+def encode_videos(folder, paths, preset, codec, cache):
+    """({name in the folder: Clip}, [why a file cannot be used]) of some videos of a folder."""
     clips, skipped = {}, []
     for path in tqdm(paths, desc="encoding videos"):
         try:
@@ -228,17 +230,38 @@ def video_clips(folder, preset, codec, cache):
         if board and board[-1][0] >= latents.shape[1]:
             warn_past_end(path, prompts[-1][0], latents.shape[1] * codec.stride[0] / preset.fps)
         clips[path.relative_to(folder).as_posix()] = Clip(latents, board)
+    return clips, skipped
+
+
+def gather(folder, clips, names, preset, codec, pixels=False):
+    """Clips of these names of {name: Clip}, with their original pixels if they are asked for."""
+    for name in names if pixels else ():
+        frames = read_clip(Path(folder) / name, preset)
+        clips[name].pixels = frames[:codec.frames(len(frames)):codec.stride[0]]     # as codec.show() shows latents
+    return Clips([clips[name] for name in names], preset.history + preset.section)
+
+
+def video_clips(folder, preset, codec, cache):
+    """(clips to train on, held-out clips) of a folder of videos, see split_videos(). Files that cannot be used are
+    counted and listed, never replaced by another; above 20 % of them it stops."""
+    paths = find_videos(folder)
+    clips, skipped = encode_videos(folder, paths, preset, codec, cache)
     report_skipped(skipped, len(paths), folder)
-    train, held_out = split(clips)
+    train, held_out = split_videos(clips)
     print(f"{len(train)} videos to train on, {len(held_out)} held out ({', '.join(held_out)}), {len(skipped)} skipped")
     if len(clips) < 2:
         warn(LONE_VIDEO)
-    for name in held_out:
-        path = Path(folder) / name
-        pixels = read_clip(path, preset)
-        clips[name].pixels = pixels[:codec.frames(len(pixels)):codec.stride[0]]     # as codec.show() shows latents
-    full = preset.history + preset.section
-    return Clips([clips[name] for name in train], full), Clips([clips[name] for name in held_out], full)
+    return gather(folder, clips, train, preset, codec), gather(folder, clips, held_out, preset, codec, pixels=True)
+
+
+def held_out_videos(folder, preset, codec, cache):
+    """The held-out clips of video_clips(), without encoding those to train on."""
+    names = split_videos([path.relative_to(folder).as_posix() for path in find_videos(folder)])[1]
+    clips, skipped = encode_videos(folder, [Path(folder) / name for name in names], preset, codec, cache)
+    if skipped:                                                     # another may be held out in its place
+        return video_clips(folder, preset, codec, cache)[1]
+    print(f"{len(names)} held-out videos: {', '.join(names)}")
+    return gather(folder, clips, names, preset, codec, pixels=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,7 +327,7 @@ def cached_clips(folder, preset, codec, held_out):
             videos.setdefault(video, []).append(CachedClip(shard, i, frames, tuple(shape)))
     if not videos:
         raise UserError(f"--data {folder} holds no clip: give data.py cache longer videos")
-    names, held_names = split(videos)
+    names, held_names = split_videos(videos)
     if len(videos) < 2:
         warn(LONE_VIDEO)
     train = [clip for name in names for clip in videos[name]]

@@ -14,18 +14,20 @@ from encoder import BLOCK_METHODS
 from model import UserError, pick_device
 
 
-def start_processes(config):
-    """Join the other processes if torchrun started this one. Returns (rank, world size, device)."""
-    device = pick_device(config.device)
+def start_processes(name, wait=timedelta(hours=2), tensors=True):
+    """Join the other processes if torchrun started this one. Returns (rank, world size, device).
+
+    name: of a device. wait: how long to, for the others at most; by default for the first one, which may fill the
+    cache. tensors: they will exchange some, so that GPUs need NCCL.
+    """
+    device = pick_device(name)
     if "RANK" not in os.environ:
         return 0, 1, device
-    wait = timedelta(hours=2)       # for the first process, which may fill the cache
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=wait, device_id=device)
-    else:
-        dist.init_process_group("gloo", timeout=wait)
+    nccl = dict(backend="nccl", device_id=device) if device.type == "cuda" and tensors else dict(backend="gloo")
+    dist.init_process_group(timeout=wait, **nccl)
     return dist.get_rank(), dist.get_world_size(), device
 
 

@@ -97,7 +97,7 @@ def group_sums(x, groups, count):
 
 
 @torch.no_grad()
-def match(x, count):
+def bipartite_matching(x, count):
     """Which of `count` groups each token of x (B, N, D) joins, (B, N): bipartite soft matching of ToMe (Bolya et al.
     2023), by the cosine of the tokens themselves, in rounds.
 
@@ -178,11 +178,15 @@ class MemoryEncoder(nn.Module):
             self.large_patch.weight.copy_(kernel / math.prod(self.rate))
             self.large_patch.bias.copy_(dit.patch_embedding.bias)
 
+    def lone(self, start):
+        """How many latents before the first segment stand alone: a causal codec's very first one."""
+        return 1 if self.causal and start == 0 else 0
+
     def whole(self, n_frames, start=0):
         """How many of n_frames latents are whole segments."""
         if self.method in FRAME_METHODS:
             return 0
-        lone = 1 if self.causal and start == 0 else 0
+        lone = self.lone(start)
         return n_frames if n_frames < lone else lone + (n_frames - lone) // self.segment * self.segment
 
     def choose(self, n_frames, most=None):
@@ -198,7 +202,7 @@ class MemoryEncoder(nn.Module):
         """See the class. Raises ValueError if hr is not whole segments."""
         if self.whole(hr.shape[2], start) != hr.shape[2]:
             raise ValueError(f"{hr.shape[2]} latents from {start} are not whole segments of {self.segment}")
-        lone = 1 if self.causal and start == 0 else 0
+        lone = self.lone(start)
         parts = [self.encode_segments(hr[:, :, :lone], lr[:, :, :lone], start, 1)] if lone else []
         if hr.shape[2] > lone:
             parts.append(self.encode_segments(hr[:, :, lone:], lr[:, :, lone:], start + lone, self.segment))
@@ -239,7 +243,7 @@ class MemoryEncoder(nn.Module):
         tokens = rearrange(tokens.float(), "b (n k) d -> (b n) k d", n=n)
         positions = repeat(positions, "(n k) c -> (b n) k c", n=n, b=len(hr))
         with torch.autocast(hr.device.type, enabled=False):         # bf16 similarities would tie
-            groups = match(tokens, count)
+            groups = bipartite_matching(tokens, count)
         sizes = group_sums(torch.ones_like(tokens[..., :1]), groups, count)     # averages are weighted by size
         means = (group_sums(x, groups, count) / sizes for x in (tokens, positions))
         return tuple(rearrange(x, "(b n) m d -> b (n m) d", n=n) for x in means)
@@ -303,14 +307,14 @@ class Memory:
 
     def __init__(self, model, codec, most=None):
         self.model, self.codec, self.most = model, codec, most
-        self.segments = []              # (tokens (1, m, D), positions, frames) of each segment that is kept
-        self.waiting = None             # latents (1, C, F, H, W) of an unfinished segment, or of frames kept as such
+        self.segments = []              # (tokens (B, m, D), positions, frames) of each segment that is kept
+        self.waiting = None             # latents (B, C, F, H, W) of an unfinished segment, or of frames kept as such
         self.times = torch.arange(0)    # and their times (F,)
         self.frames = 0                 # latent frames appended so far: the time of the next one
 
     @torch.no_grad()
     def append(self, latents):
-        """Add latents (1, C, F, H, W) to the end of the history."""
+        """Add latents (B, C, F, H, W) to the end of the history."""
         encoder = self.model.encoder
         times = torch.cat([self.times, self.frames + torch.arange(latents.shape[2])])
         self.frames += latents.shape[2]
@@ -318,7 +322,7 @@ class Memory:
             return
         latents = latents if self.waiting is None else torch.cat([self.waiting, latents], dim=2)
         while encoder.whole(len(times), start := self.frames - len(times)):
-            n = 1 if encoder.causal and start == 0 else encoder.segment     # one at a time: convolutions need memory
+            n = encoder.lone(start) or encoder.segment              # one at a time: convolutions need memory
             hr = latents[:, :, :n]
             self.segments.append((*encoder(hr, self.codec.downsample(hr, encoder.rate), start), n))
             latents, times = latents[:, :, n:], times[n:]
@@ -330,7 +334,7 @@ class Memory:
 
     @torch.no_grad()
     def context(self):
-        """What the DiT reads: (tokens (1, M, D), positions (M, 3) or (1, M, 3)), or None for a model without memory."""
+        """What the DiT reads: (tokens (B, M, D), positions (M, 3) or (B, M, 3)), or None for a model without memory."""
         parts = [segment[:2] for segment in self.segments]
         if len(self.times):
             parts.append(self.model.encoder.embed_frames(self.waiting, self.times))
@@ -350,8 +354,7 @@ def load_model(path, base="", device=torch.device("cpu")):
     LoRA belongs to, if it has one."""
     config = read_metadata(path)
     try:
-        # checkpoints from before there were windows have none
-        model = MemoryDiT(config["preset"], config["method"], config["rate"], config.get("window", 1), empty=True)
+        model = MemoryDiT(config["preset"], config["method"], config["rate"], config["window"], empty=True)
     except KeyError as e:
         raise UserError(f"{path}: its config has no usable {e}; train it again") from None
     if base and not config.get("lora"):

@@ -27,15 +27,16 @@ from tqdm import tqdm
 import budget
 import consistency
 import judge
+import speed
 from codec import make_codec, make_prompts, psnr, to_frames, to_pixels
-from data import HISTORY_SECTIONS, Clip, Clips, read_clip, video_clips
+from data import HISTORY_SECTIONS, Clip, Clips, held_out_videos, read_clip
 from encoder import MemoryEncoder
 from figures import preview
 from finetune import ask
 from flags import run_command, run_main
 from model import UserError, autocast, euler, first_line, get_preset, pick_device
 from pretrain import PretrainConfig, Tools, collate, downsample, draw_retrieval, generator
-from tables import (EvalConfig, Row, compare, describe_machine, describe_runs, expected_pairs, first_seeds, interval,
+from tables import (EvalConfig, Row, compare, describe_machine, describe_runs, expected_pairs, first_seeds, interval, markdown,
                     measure_runs, open_checkpoint, parse, parse_runs, plot, question, read_runs, stories, write_table)
 from video import contact_strip
 
@@ -144,6 +145,8 @@ def measure(frames, truth, lpips):
 
 @dataclass
 class PictureConfig(EvalConfig):
+    init: str = ""                # Wan: the base DiT under the checkpoint's LoRA
+    vae: str = ""                 # Wan: local folder of its VAE in the diffusers layout
     lpips: str = ""               # folder with alexnet-owt-*.pth (torchvision) and alex.pth (lpips): measure LPIPS too
 
 
@@ -298,7 +301,7 @@ def costs(model, tools, size):
         return model.encode(hr, downsample(tools, hr) if model.method in ("proposed", "only-lr") else lr)
     with torch.no_grad(), autocast(device):
         tokens = encode()[0].shape[1]
-        seconds = budget.alternate({"φ": encode}, 5, device)["φ"]
+        seconds = speed.alternate({"φ": encode}, 5, device)["φ"]
     return {"tokens_per_second": tokens * p.fps / (p.history * tools.codec.stride[0]),
             "channels_per_latent_value": tokens * p.dit.dim / hr.numel(),
             "encoder_parameters": sum(x.numel() for x in model.encoder.parameters()),
@@ -308,11 +311,12 @@ def costs(model, tools, size):
 def differences(rows, everything):
     """Lines of Markdown: paired differences between neighbours of the table, then between what the paper puts in order.
     rows: without the codec, best first; everything: the rows of all seeds."""
-    theirs = {row: figures[0] for row, figures in PAPER.items()}
-    return [line for title, pairs in (("Neighbours in the table", list(zip(rows, rows[1:]))),
-                                      ("The paper's order", expected_pairs(rows, EXPECTED)))
-            for line in compare(f"{title}: difference in PSNR on the same clips, dB", pairs, ["psnr"], theirs,
-                                everything)]
+    theirs, order = {row: figures[0] for row, figures in PAPER.items()}, expected_pairs(rows, EXPECTED)
+    return [line for title, pairs, metric, paper in (
+                ("Neighbours in the table: difference in PSNR", list(zip(rows, rows[1:])), "psnr", theirs),
+                ("The paper's order: difference in PSNR", order, "psnr", theirs),
+                ("The paper's order: difference in PSNR of one step from noise", order, "psnr_one_step", {}))
+            for line in compare(f"{title} on the same clips, dB", pairs, [metric], paper, everything)]
 
 
 def record(row):
@@ -333,7 +337,7 @@ def table(rows):
     """Lines of Markdown: a row each."""
     heads = ("method", "rate", "tokens/s", "PSNR, dB", "SSIM", "LPIPS", "PSNR, one step", "channels a latent value",
              "φ, parameters", "φ of 20 s, ms", "*paper: PSNR*", "*SSIM*", "*LPIPS*")
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines = []
     for row in rows:
         c = record(row)
         cells = [row.method, row.rate, c["tokens_per_second"]]
@@ -342,9 +346,8 @@ def table(rows):
             cells.append(c[metric] if half is None else f"{c[metric]:.{digits}f} ± {half:.{digits}f}")
         cells += [c[key] for key in ("channels_per_latent_value", "encoder_parameters", "encoder_ms")]
         cells += [f"*{c[key]}*" if c[key] else "" for key in ("paper_psnr", "paper_ssim", "paper_lpips")]
-        lines.append("| " + " | ".join(f"{x:.4g}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else x
-                                       for x in cells) + " |")
-    return lines
+        lines.append([f"{x:.4g}" if isinstance(x, float) else f"{x:,}" if isinstance(x, int) else x for x in cells])
+    return markdown(heads, lines)
 
 
 def describe(rows, everything, config, n_clips):
@@ -390,8 +393,10 @@ def table1(argv):
     if config.data == "world":
         clips = stories(config, preset, codec)
     else:
-        clips = video_clips(config.data, preset, codec, config.cache)[1]
-    shortest = min(min(clip.frames, preset.history) for clip in clips)
+        clips = held_out_videos(config.data, preset, codec, config.cache)
+    # an encoder that is there for its segments alone
+    segments = MemoryEncoder("full", "1x1x1", name)
+    shortest = min(segments.whole(min(clip.frames, preset.history)) for clip in clips)
     if config.queries > shortest:
         raise UserError(f"--queries {config.queries}: the shortest held-out clip has {shortest} latents to choose from")
 
@@ -403,8 +408,7 @@ def table1(argv):
                 costs(model, tools, clips[0].latents.shape[2:]))
     asked = question(config, codec, clips, "steps", "shift", "seed", "queries", lpips=bool(lpips))
     everything = measure_runs(runs, stem.name, asked, describe_machine(pick_device(config.device)), measure_run)
-    # the encoder is there for its segments alone: the codec's figures are those of what it puts into them
-    tools = Tools(preset, codec, make_prompts(preset), MemoryEncoder("full", "1x1x1", name), pick_device(config.device))
+    tools = Tools(preset, codec, make_prompts(preset), segments, pick_device(config.device))
     ceiling, ages, pictures = retrieve(None, tools, clips, config, lpips)
     rows = [Row("codec", "", ceiling["codec"], pictures["codec"], {}),
             *sorted(first_seeds(everything), key=lambda row: row.psnr.mean(), reverse=True)]
@@ -422,7 +426,7 @@ def table1(argv):
 
 
 COMMANDS = {"retrieval": retrieval, "continuation": continuation, "table1": table1, "table2": consistency.table2,
-            "story": consistency.story, "budget": budget.budget, "speed": budget.speed, "judge": judge.judge,
+            "story": consistency.story, "budget": budget.budget, "speed": speed.speed, "judge": judge.judge,
             "elo": judge.elo}
 
 

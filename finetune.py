@@ -30,6 +30,14 @@ class FinetuneConfig(Config):
     text_drop: float = 0.1        # share of samples without a prompt, for classifier-free guidance
 
 
+def starts(tools, clip, sections, waiting):
+    """First frames of the targets that may follow a history of so many sections and waiting frames."""
+    section, lone = tools.preset.section, int(tools.codec.causal)
+    least = lone + sections * section + waiting
+    # a causal codec's first latent is unlike all others, so that its history begins where the clip does
+    return [b for b in clip.targets(sections, section) if (b == least if lone else b >= least)]
+
+
 def draw_continuation(config, tools, clips, rows, step, longest=False):
     """Stage 2: a history of one length a batch, all that the next section asks for seen in it; the target is that
     section. clips: the global batch; rows: those to return. longest: for figures, the longest history.
@@ -43,23 +51,16 @@ def draw_continuation(config, tools, clips, rows, step, longest=False):
     waiting = int(torch.randint(section, (), generator=g)) * int(torch.randint(2, (), generator=g))
     if lone or longest:
         waiting = 0
-
-    def begins(clip, n, waiting):
-        """Where a target may begin after n sections and the waiting frames. A causal codec's first latent is unlike all
-        others, so that its history begins where the clip does."""
-        least = lone + n * section + waiting
-        return [b for b in clip.targets(n, section) if (b == least if lone else b >= least)]
-    possible = lambda waiting: [n for n in range(1, (tools.preset.history - lone - waiting) // section + 1)
-                                if all(begins(clip, n, waiting) for clip in clips)]
-    lengths = possible(waiting)
-    if not lengths:                                                 # too much is asked of one of the clips
-        waiting = 0
-        lengths = possible(waiting)
+    for waiting in (waiting, 0):                                    # 0: too much is asked of one of the clips
+        lengths = [n for n in range(1, (tools.preset.history - lone - waiting) // section + 1)
+                   if all(starts(tools, clip, n, waiting) for clip in clips)]
+        if lengths:
+            break
     length = lengths[-1] if longest else lengths[int(torch.randint(len(lengths), (), generator=g))]
     parts = []
     for row in rows:
         clip, g = clips[row], generator(config.seed, step, row)
-        choices = begins(clip, length, waiting)
+        choices = starts(tools, clip, length, waiting)
         begin = choices[int(torch.randint(len(choices), (), generator=g))]
         text = clip.text(begin, tools.prompts) if torch.rand((), generator=g) >= config.text_drop else None
         parts.append(ask(tools, clip, begin - length * section - waiting - lone, begin, text,

@@ -37,7 +37,8 @@ def parse_flags(cls, description, argv=None, aliases={}):
         names = [f"--{f.name}", *aliases.get(f.name, ())]
         extra = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.type.__name__)
         parser.add_argument(*names, dest=f.name, default=f.default,
-                            help=f"{comments.get(f.name, '')} [{f.default}]", **extra)
+                            help=comments.get(f.name, "") + (f" [{f.default}]" if f.default not in (None, "") else ""),
+                            **extra)
     known, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]

@@ -321,6 +321,8 @@ class DiT(nn.Module):
         angles = rope(positions, c.dim // c.heads)
         embedding, modulation = self.embed_timesteps(torch.cat([t * 0, t]))     # memory is clean: t = 0
         modulation = torch.stack(modulation.chunk(2), dim=1)                    # (B, 2, 6, D)
+        if text.shape[1] > c.text_len:
+            raise ValueError(f"{text.shape[1]} text tokens; at most {c.text_len} are expected")
         text = self.text_embedding(F.pad(text, (0, 0, 0, c.text_len - text.shape[1])))
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
@@ -385,7 +387,7 @@ def merge_lora(dit):
 
 def sample_t(quantile, mean, std=1.0):
     """Noise levels in (0, 1), logit-normal: sigmoid of N(mean, std), at quantiles in (0, 1). A timestep shift s adds
-    log(s) to the mean."""
+    log(s) to the mean. Any shape -> the same."""
     return torch.sigmoid(mean + std * torch.special.ndtri(quantile))
 
 
@@ -396,8 +398,11 @@ def add_noise(x0, noise, t):
 
 
 def flow_loss(dit, x0, noise, t, text, frames, memory):
-    """‖(ε - x_0) - G(x_t, t, c, φ)‖², the loss of both stages: x0 is the queried frames of the history in stage 1 and
-    the next section in stage 2 (paper, sections 3.1 and 3.2). Returns a mean per sample, (B,)."""
+    """‖(ε - x_0) - G(x_t, t, c, φ)‖², the loss of both stages (paper, sections 3.1 and 3.2): a mean per sample, (B,).
+
+    x0, noise (B, C, F, H, W): the queried frames of the history in stage 1, the next section in stage 2; t (B,) in
+    [0, 1]; text, frames, memory as DiT.forward has them.
+    """
     v = dit(add_noise(x0, noise, t), 1000 * t, text, frames, memory)
     return (noise - x0 - v).square().flatten(1).mean(1)
 
@@ -405,7 +410,10 @@ def flow_loss(dit, x0, noise, t, text, frames, memory):
 @torch.no_grad()
 def euler(dit, noise, text, frames, memory, steps, shift=1.0, guidance=1.0):
     """Integrate dx = v dt from noise (t = 1) to data (t = 0) in `steps` Euler steps; with steps=1, shift is idle and
-    the result is the conditional mean. Classifier-free guidance drops the prompt alone: memory stays in both passes."""
+    the result is the conditional mean. Classifier-free guidance drops the prompt alone: memory stays in both passes.
+
+    noise (B, C, F, H, W); text, frames, memory as DiT.forward has them. Returns x_0, shaped as noise.
+    """
     t = torch.linspace(1, 0, steps + 1)
     t = shift * t / (1 + (shift - 1) * t)
     x = noise

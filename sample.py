@@ -22,7 +22,7 @@ from codec import make_codec, make_prompts, to_frames, to_pixels
 from data import read_clip
 from encoder import Memory, MemoryDiT, load_model
 from flags import parse_flags, run_main, warn
-from model import PRESETS, UserError, autocast, euler, get_preset, merge_lora, pick_device
+from model import PRESETS, UserError, add_lora, autocast, euler, get_preset, merge_lora, pick_device
 from storyboard import parse_storyboard, prompt_at, storyboard_beside
 from video import VideoWriter, contact_strip
 from weights import frozen_dtype, read_metadata
@@ -116,6 +116,7 @@ def open_model(config, preset, device):
         if preset.lora:
             for name, p in model.dit.named_parameters():
                 p.data = p.data.to(frozen_dtype(device)(name, p))
+            add_lora(model.dit, preset.lora)                        # as trained ones have it
         return model.to(device).eval()
     model, _ = load_model(config.checkpoint, config.init, device)
     if config.merge:

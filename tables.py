@@ -1,4 +1,5 @@
 """What the tables of eval.py share: finished runs side by side, intervals, paired differences, files and plots."""
+import ast
 import csv
 import hashlib
 import json
@@ -19,7 +20,8 @@ from data import world_clips
 from encoder import FRAME_METHODS, load_model
 from flags import parse_flags, warn
 from model import PRESETS, UserError, pick_device, product_dtype
-from pretrain import Tools, read_log
+from pretrain import Tools
+from saving import read_log
 from video import file_hash, whole_file
 from weights import open_safetensors, parse_json, read_metadata, weight_files
 
@@ -27,9 +29,8 @@ from weights import open_safetensors, parse_json, read_metadata, weight_files
 SAME = ("preset", "init", "data", "clips", "steps", "batch", "mask", "queries", "text_drop", "t_mean", "t_std", "lora",
         "optimizer", "warmup", "clip_grad", "ema", "held_out", "sample_steps", "sample_shift")
 # what a measurement depends on besides the weights: changed, a run is measured again
-SOURCES = [f"{name}.py" for name in ("model", "weights", "encoder", "codec", "data", "world", "wan", "video", "pretrain", "eval",
-                                     "consistency", "scores", "budget", "tables",
-                                     "storyboard")]
+SOURCES = [f"{name}.py" for name in ("model", "weights", "encoder", "codec", "data", "world", "wan", "video", "pretrain",
+                                     "eval", "consistency", "scores", "budget", "speed", "tables", "storyboard")]
 
 
 @dataclass
@@ -42,8 +43,6 @@ class EvalConfig:
     batch: int = 8                # stories at once
     device: str = "auto"          # auto, cpu, cuda, mps
     cache: str = "cache"          # folder for encoded clips
-    init: str = ""                # Wan: the base DiT under the checkpoint's LoRA
-    vae: str = ""                 # Wan: local folder of its VAE in the diffusers layout
 
 
 def parse(cls, command, argv):
@@ -68,11 +67,12 @@ def parse_runs(cls, command, argv):
 def open_checkpoint(path, config, stage):
     """(model on its device, tools, training config) of a checkpoint, which must be of this stage."""
     device = pick_device(config.device)
-    model, trained = load_model(path, config.init, device)
+    wan = {key: getattr(config, key, "") for key in ("init", "vae")}            # commands on the paper-doll world have none
+    model, trained = load_model(path, wan["init"], device)
     if trained["stage"] != stage:
         raise UserError(f"{path} is of stage {trained['stage']}: give one of {stage}.py")
     preset = PRESETS[model.preset]
-    tools = Tools(preset, make_codec(preset, config.vae, device), make_prompts(preset), model.encoder, device)
+    tools = Tools(preset, make_codec(preset, wan["vae"], device), make_prompts(preset), model.encoder, device)
     return model, tools, trained
 
 
@@ -160,7 +160,8 @@ def question(config, codec, clips, *keys, **more):
     digest = hashlib.sha256()
     for clip in clips:
         digest.update(repr((clip.storyboard, clip.story)).encode() if clip.story else clip.pixels.numpy().tobytes())
-    base = [file_hash(file) for file in weight_files(config.init)] if config.init else None
+    init = getattr(config, "init", "")
+    base = [file_hash(file) for file in weight_files(init)] if init else None
     asked = {key: getattr(config, key) for key in keys} | more
     asked |= {"clips": len(clips), "content of the clips": digest.hexdigest(), "codec": codec.settings, "base": base}
     return json.loads(json.dumps(asked))
@@ -178,7 +179,9 @@ def recall(folder, trained, name, asked):
     Raises UserError if it was asked something else."""
     folder, key = Path(folder), {"asked": asked}
     file, weights = folder / f"{name}.safetensors", folder / "model.safetensors"
-    code = hashlib.sha256(b"".join(Path(__file__).with_name(source).read_bytes() for source in SOURCES)).hexdigest()
+    # parsed, so that a comment more is no other code
+    code = hashlib.sha256("".join(ast.unparse(ast.parse(Path(__file__).with_name(source).read_text(encoding="utf-8")))
+                                  for source in SOURCES).encode()).hexdigest()
     if weights.exists():
         key |= {"weights": file_hash(weights), "code": code}
     if not file.exists():
@@ -189,9 +192,10 @@ def recall(folder, trained, name, asked):
     if all(known.get(part) == value for part, value in key.items()):
         if known.get("code") != code:
             warn(f"{name}: rows without weights were measured by another version of this code")
-        tensors = load_file(file)
-        return Row(*label(trained), tensors, tensors.pop("pictures"), known["costs"], str(folder), trained,
-                   known["curve"], known["machine"]), key
+        values = load_file(file)
+        pictures = values.pop("pictures")
+        return Row(*label(trained), values, pictures, known["costs"], str(folder), trained, known["curve"],
+                   known["machine"]), key
     if not weights.exists():
         kept = known["asked"]
         other = [f"{k} {kept.get(k)!s:.20}, not {v!s:.20}" for k, v in asked.items() if kept.get(k) != v]
@@ -305,8 +309,8 @@ def compare(title, pairs, metrics, paper, everything):
         return []
     lines = ["", f"{title}, with its 95 % interval (bootstrap over clips, 10,000 resamples); decided if p < 0.05 "
              "(random signs of the clips' differences, two-sided). They tell luck of the clips alone, not of the "
-             "training, which the column of seeds shows; of many rows, one in twenty is decided by chance.", "",
-             "| A above B | difference | interval | p | holds | seed by seed | paper's difference |", "|---" * 7 + "|"]
+             "training, which the column of seeds shows; of many rows, one in twenty is decided by chance.", ""]
+    cells = []
     for a, b in pairs:
         mean, low, high = bootstrap(sum(a.each(m) - b.each(m) for m in metrics) / len(metrics))
         decisions = [a.values[m] - b.values[m] for m in metrics]    # what does not count is no difference
@@ -318,22 +322,27 @@ def compare(title, pairs, metrics, paper, everything):
                      for row in everything if row.name == name} for name in (a.name, b.name)]
         both = sorted(of_seeds[0].keys() & of_seeds[1].keys())
         seeds = ", ".join(f"{of_seeds[0][s] - of_seeds[1][s]:+.2f}" for s in both) if len(both) > 1 else "–"
-        lines.append(f"| {a.name} above {b.name} | {mean:+.2f} | {low:+.2f} to {high:+.2f} | {p:.2g} | {holds} | "
-                     f"{seeds} | {gap} |")
-    return lines
+        cells.append([f"{a.name} above {b.name}", f"{mean:+.2f}", f"{low:+.2f} to {high:+.2f}", f"{p:.2g}", holds,
+                      seeds, gap])
+    return lines + markdown(["A above B", "difference", "interval", "p", "holds", "seed by seed",
+                             "paper's difference"], cells)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
 
+def markdown(heads, rows):
+    """Lines of a table in Markdown, of rows of strings."""
+    return ["| " + " | ".join(cells) + " |" for cells in (heads, ["---"] * len(heads), *rows)]
+
+
 def describe_runs(everything, metric, title, unit):
     """Lines of Markdown: where each row comes from, and the spread over seeds."""
-    lines = ["", f"| row | run | step | seed | learning rate | {title} | measured on |", "|---" * 7 + "|"]
-    for row in everything:
-        t = row.trained
-        lines.append(f"| {row.name} | {row.folder} | {t['step']} | {t['seed']} | {t['lr']:g} | "
-                     f"{interval(row.each(metric))[0]:.2f} | {row.machine} |")
+    heads = ["row", "run", "step", "seed", "learning rate", title, "measured on"]
+    lines = ["", *markdown(heads, [
+        [row.name, row.folder, str(row.trained["step"]), str(row.trained["seed"]), f"{row.trained['lr']:g}",
+         f"{interval(row.each(metric))[0]:.2f}", row.machine] for row in everything])]
     spreads = [f"{name} {statistics.stdev(x):.2f} ({len(x)} seeds)" for name, x in by_seed(everything, metric).items()
                if len(x) > 1]
     return [*lines, "", f"Standard deviation of {title} over training seeds, {unit}: "

@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shutil
-import sys
 from collections import deque
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
@@ -19,6 +18,7 @@ from av.video.reformatter import Interpolation
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 
+from flags import warn
 from model import UserError
 
 # FFmpeg's default conversion from YUV is fast and 1 level of 255 too dark; this one is right within 1.
@@ -247,8 +247,7 @@ def read_video(path, fps, height, width, start=0.0, seconds=None):
             raise UserError(f"{path} lasts {time:.2f} s, so nothing is on screen at start = {start} s: start earlier")
         if frames.unreadable or frames.missing:
             lost = frames.unreadable + round(frames.missing * frames.rate)
-            print(f"warning: {path} is damaged or cut off: {frames.decoded} frames decoded, about {lost} lost",
-                  file=sys.stderr)
+            warn(f"{path} is damaged or cut off: {frames.decoded} frames decoded, about {lost} lost")
     return torch.from_numpy(np.stack(kept))
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 
+from flags import warn
 from model import UserError, first_line, pad_replicate
 from video import file_hash
 
@@ -185,7 +186,7 @@ class UMT5Prompts:
         try:
             return self.model.to(self.device)(tokens.to(self.device)).last_hidden_state[0]
         except torch.OutOfMemoryError:
-            print(f"warning: umT5 does not fit the memory of {self.device} and runs on the CPU, which is slow")
+            warn(f"umT5 does not fit the memory of {self.device} and runs on the CPU, which is slow")
         self.device = "cpu"         # not inside `except`: the error holds on to what did not fit
         return self.model.to("cpu")(tokens).last_hidden_state[0]
 
@@ -197,7 +198,7 @@ class UMT5Prompts:
         if prompt:
             tokens = self.tokenizer(prompt, return_tensors="pt").input_ids
             if tokens.shape[1] > self.length:
-                print(f'warning: a prompt of {tokens.shape[1]} tokens is cut to {self.length}: "{prompt[:60]}..."')
+                warn(f'a prompt of {tokens.shape[1]} tokens is cut to {self.length}: "{prompt[:60]}..."')
                 tokens = torch.cat([tokens[:, :self.length - 1], tokens[:, -1:]], dim=1)    # keep the end-of-text token
             rows[:tokens.shape[1]] = self.embed(tokens).float()
         return rows

@@ -168,7 +168,7 @@ def make_story(seed, sections=11):
 
 def caption(story, k):
     """The words of section k: all there is to know of its picture, but for what has to be remembered. Always twelve,
-    each with its own place: embeddings that know no grammar (data.HashPrompts) can then be understood."""
+    each with its own place: embeddings that know no grammar (codec.HashPrompts) can then be understood."""
     shot = story.shots[k]
     who, what = "nobody there", "nothing"
     walk = slide = "nowhere to nowhere"
