@@ -94,10 +94,10 @@ def block_bytes(c, tokens, lora):
     """What a block keeps for its backward under bf16 autocast with a flash kernel, one sample.
 
     (N, D) float32: x at three places; q, k, cross q before RMSNorm; unless base weights are frozen, the three after it
-    and two layer norms too. (N, D) bf16: inputs of q, k, v, o, cross q, cross o, ffn.0; rotated q and k, v, cross q,
-    an attention's output; unless frozen, two gated outputs too. (N, F) bf16: before and after GELU.
+    and two layer norms too. (N, D) bf16: inputs of q, k and v (the same), o, cross q, cross o, ffn.0; rotated q and k,
+    v, cross q, an attention's output; unless frozen, two gated outputs too. (N, F) bf16: before and after GELU.
     """
-    float32, bf16 = (6, 12) if lora else (11, 14)
+    float32, bf16 = (6, 10) if lora else (11, 12)
     return tokens * (c.dim * (4 * float32 + 2 * bf16) + c.ffn_dim * 2 * 2)
 
 

@@ -269,7 +269,8 @@ def held_out_videos(folder, preset, codec, cache):
 
 
 class CachedClip(Clip):
-    """A window of a video in a shard; its latents and prompts are read when they are asked for."""
+    """A window of a video in a shard, whose latents and prompts are read when they are asked for. It has of a Clip what
+    training needs: frames, size, cut(), text(), truth(), targets()."""
 
     def __init__(self, shard, number, frames, size):
         self.shard, self.number, self.length, self.shape = shard, number, frames, size

@@ -32,21 +32,21 @@ def start_processes(name, wait=timedelta(hours=2), tensors=True):
 
 
 @contextmanager
-def first_before_others(rank, world):
+def first_before_others(rank, world_size):
     """What is inside is done by the first process, then by all others."""
     if rank:
         dist.barrier()
     yield
-    if world > 1 and rank == 0:
+    if world_size > 1 and rank == 0:
         dist.barrier()
 
 
-def same_start(first, ema, world):
+def same_start(first, ema, world_size):
     """Let all processes go on from the same step with the weights of the first one: other kinds of processors may draw
     other ones from a seed. Raises UserError where they found different checkpoints."""
-    if world == 1:
+    if world_size == 1:
         return
-    found = [None] * world
+    found = [None] * world_size
     dist.all_gather_object(found, first)
     if len(set(found)) > 1:
         raise UserError(f"--resume: the processes found checkpoints of steps {sorted(set(found))}: "
@@ -62,7 +62,7 @@ def wrap(config, model, tools):
         torch._dynamo.config.optimize_ddp = False
         for block in model.dit.blocks:
             block.compile()                                         # in place: parameter names stay as they are
-    if tools.world == 1:
+    if tools.world_size == 1:
         return model
     # without uncompressed frames in a batch φ's patch embedding is not used; and what is trained is the same everywhere
     # already (see same_start): no need to send a frozen base around
@@ -71,19 +71,19 @@ def wrap(config, model, tools):
                                    find_unused_parameters=config.method in BLOCK_METHODS, gradient_as_bucket_view=True)
 
 
-def share(loss, signals, world):
+def share(loss, signals, world_size):
     """(the sum of all processes' losses, the signal that stops all of them after the same step, or 0)."""
     shared = torch.stack([loss, torch.full_like(loss, max(signals, default=0))])
-    if world > 1:
+    if world_size > 1:
         dist.all_reduce(shared[:1])
         dist.all_reduce(shared[1:], dist.ReduceOp.MAX)
     return shared[0].item(), int(shared[1])
 
 
-def leave(world):
+def leave(world_size):
     """End together: torchrun stops all once one has left, and one that waits for a peer fails. Only DDP's reducer must
     not outlive the group: freed later, it ends the group's threads while it holds Python's lock, which they may wait
     for."""
-    if world > 1:
+    if world_size > 1:
         dist.barrier()
         dist.destroy_process_group()

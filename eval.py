@@ -184,6 +184,13 @@ def own_clip(config, tools):
     return Clips([Clip(codec.encode(to_pixels(frames)[None])[0], [], frames[::codec.stride[0]])])   # as codec.show()
 
 
+def clean_retrieval(config, tools, clips):
+    """draw(rows) of reconstruct(): --queries frames of each clean history, without a prompt, so that only memory can
+    answer."""
+    settings = PretrainConfig(mask="none", text_drop=1.0, queries=config.queries, seed=config.seed)
+    return lambda rows: draw_retrieval(settings, tools, clips, rows, 0)
+
+
 @torch.no_grad()
 def reconstruct(model, tools, draw, n_clips, config, controls=True):
     """Denoise the targets of draw(rows) with several memories. Returns {name: frames uint8 (n, F', H, W, 3)}: truth;
@@ -237,8 +244,7 @@ def retrieval(argv):
     lpips = open_lpips(config)
     model, tools, trained = open_checkpoint(config.checkpoint, config, "pretrain")
     clips = own_clip(config, tools) if config.history else stories(config, tools.preset, tools.codec)
-    settings = PretrainConfig(mask="none", text_drop=1.0, queries=config.queries, seed=config.seed)
-    made = reconstruct(model, tools, lambda rows: draw_retrieval(settings, tools, clips, rows, 0), len(clips), config)
+    made = reconstruct(model, tools, clean_retrieval(config, tools, clips), len(clips), config)
     report(made, trained, config, "no prompts", lpips)
 
 
@@ -271,14 +277,12 @@ def retrieve(model, tools, clips, config, lpips):
     """Retrieve the query frames of all clips, without prompts. Returns ({one_step, model: {metric: (n, F)}}, age (n, F)
     of each frame in latent frames, {truth, codec, model: frames of the first clips}); with model None, codec in place
     of one_step and model."""
-    settings = PretrainConfig(mask="none", text_drop=1.0, queries=config.queries, seed=config.seed)
     values, ages, pictures = {}, [], None
     groups = {}                                 # a batch is of one size and one length of history
     for clip in clips:
         groups.setdefault((clip.size, min(clip.frames, tools.preset.history)), []).append(clip)
     for some in groups.values():
-        draw = lambda rows: draw_retrieval(settings, tools, some, rows, 0)
-        made = reconstruct(model, tools, draw, len(some), config, controls=False)
+        made = reconstruct(model, tools, clean_retrieval(config, tools, some), len(some), config, controls=False)
         ages.append(made.pop("age"))
         pictures = pictures or {name: frames[:2] for name, frames in made.items()}
         truth = made.pop("truth")

@@ -45,7 +45,7 @@ def evaluate_all(config, tools, draw, model, clips):
     ones."""
     totals, counts, pictures = {}, {}, None
     for members in clips.buckets.values():                          # a batch is of one size, and full or shorter
-        mine = range(tools.rank, len(members), tools.world)
+        mine = range(tools.rank, len(members), tools.world_size)
         for i in range(0, len(mine), config.micro_batch):
             rows = mine[i:i + config.micro_batch]
             sums, made = evaluate(config, tools, draw, model, [clips[i] for i in members], rows)
@@ -53,8 +53,8 @@ def evaluate_all(config, tools, draw, model, clips):
                 totals[name] = totals.get(name, 0) + value.item()
                 counts[name] = counts.get(name, 0) + len(rows)
             pictures = pictures or made
-    if tools.world > 1:
-        gathered = [None] * tools.world
+    if tools.world_size > 1:
+        gathered = [None] * tools.world_size
         dist.all_gather_object(gathered, (totals, counts))
         names = dict.fromkeys(name for part, _ in gathered for name in part)
         totals, counts = ({name: sum(part[k].get(name, 0) for part in gathered) for name in names} for k in (0, 1))

@@ -139,6 +139,12 @@ def rotate(x, cos, sin):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
 
 
+def cast(x):
+    """x in what autocast computes products in: once here, instead of in each linear layer that reads it."""
+    kind = x.device.type            # the meta device, on which costs are counted, has no autocast
+    return x.to(torch.get_autocast_dtype(kind)) if kind != "meta" and torch.is_autocast_enabled(kind) else x
+
+
 def attend(q, k, v):
     """Softmax attention, (B, heads, N, head_dim) each. No mask, so that SDPA chooses its flash kernel on a GPU."""
     if q.device.type == "cpu" and q.shape[2] * k.shape[2] <= 1024**2:
@@ -197,7 +203,8 @@ class Attention(nn.Module):
 
     def forward(self, x, context=None, angles=None):
         """x (B, N, D), context (B, L, D) or None for self-attention, angles from rope() or None -> (B, N, D)."""
-        context = x if context is None else context
+        x = cast(x)
+        context = x if context is None else cast(context)
         split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)     # (B, N, D) -> (B, heads, N, head_dim)
         q, k, v = split(self.norm_q(self.q(x))), split(self.norm_k(self.k(context))), split(self.v(context))
         if angles is not None:

@@ -112,7 +112,7 @@ class Tools:
     encoder: object             # φ, or None for --method none
     device: torch.device
     rank: int = 0
-    world: int = 1              # number of processes
+    world_size: int = 1         # number of processes
 
 
 def downsample(tools, hr):
@@ -176,8 +176,8 @@ def describe(config, model, tools):
     count = lambda module: sum(p.numel() for p in module.parameters() if p.requires_grad) / 1e6
     print(f"training {count(model.dit):.1f} M parameters of the DiT" +
           (f", {count(model.encoder):.1f} M of the memory encoder" if model.encoder else ""))
-    world = tools.world
-    print(f"batch {config.batch} = {world} process{'es' * (world > 1)} x {config.batch / world:g} clips, "
+    world_size = tools.world_size
+    print(f"batch {config.batch} = {world_size} process{'es' * (world_size > 1)} x {config.batch / world_size:g} clips, "
           f"at most {config.micro_batch} at once")
     if model.encoder:
         p = tools.preset
@@ -193,7 +193,7 @@ def describe(config, model, tools):
 def draws(config, tools, draw, clips, first):
     """Yield this process's micro-batches from step `first` on, each with whether it is the last of its step. A thread
     draws the next one while one is computed."""
-    mine = range(tools.rank, config.batch, tools.world)             # rows of the global batch that are this process's
+    mine = range(tools.rank, config.batch, tools.world_size)        # rows of the global batch that are this process's
     micros = [mine[i:i + config.micro_batch] for i in range(0, len(mine), config.micro_batch)]
 
     def make(step, rows):
@@ -218,10 +218,10 @@ def accumulate_gradients(config, tools, ddp, batches):
     while not last:
         batch, last = next(batches)
         batch = batch.to(tools.device)
-        with contextlib.nullcontext() if tools.world == 1 or last else ddp.no_sync():
+        with contextlib.nullcontext() if tools.world_size == 1 or last else ddp.no_sync():
             with autocast(tools.device):
                 loss = ddp(batch.hr, batch.lr, batch.target, batch.frames, batch.noise, batch.t, batch.text).sum()
-            (loss * tools.world / config.batch).backward()          # DDP averages over processes: undo it
+            (loss * tools.world_size / config.batch).backward()     # DDP averages over processes: undo it
         total += loss.detach()
     return total
 
@@ -248,11 +248,11 @@ MOST_SKIPPED = 10       # steps in a row without a finite gradient, then a run i
 def train(config, stage, draw, model, clips, held_out, tools, look_config, look_draw):
     """Train `model` on `clips`: draw(config, tools, clips, rows, step) says what to denoise. One loop, both stages.
     look_config, look_draw: what the figures on `held_out` are made with."""
-    out, rank, world = Path(config.out), tools.rank, tools.world
+    out, rank, world_size = Path(config.out), tools.rank, tools.world_size
     ema = EMA(model, config.ema)
     optimizers = make_optimizers(model, config)
     first = resume(config, stage, model, ema, optimizers) if config.resume else 0
-    same_start(first, ema, world)
+    same_start(first, ema, world_size)
     ddp = wrap(config, model, tools)
     if rank == 0:
         start_log(out, first)
@@ -269,7 +269,7 @@ def train(config, stage, draw, model, clips, held_out, tools, look_config, look_
         skipped = 0 if norm.isfinite() else skipped + 1
         if skipped and rank == 0:
             tqdm.write(f"step {step + 1}: the gradient is not finite, the step is skipped")
-        loss, stop = share(total / config.batch, signals, world)
+        loss, stop = share(total / config.batch, signals, world_size)
         record = {"step": step + 1, "loss": loss, "grad_norm": norm.item()} | ({"skipped": skipped} if skipped else {})
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
@@ -285,7 +285,7 @@ def train(config, stage, draw, model, clips, held_out, tools, look_config, look_
                 log.write(json.dumps(record) + "\n")
         if skipped == MOST_SKIPPED:                                 # the checkpoint stays that of a better time
             del ddp                                                 # see leave()
-            leave(world)
+            leave(world_size)
             raise SystemExit(f"error: the gradient was not finite {skipped} times in a row, up to step {step + 1}; "
                              f"{out} stays as it was last saved" if rank == 0 else 1)
         if rank == 0 and (due or stop):                             # last: what belongs to a saved step is all there
@@ -294,13 +294,13 @@ def train(config, stage, draw, model, clips, held_out, tools, look_config, look_
             if rank == 0:
                 tqdm.write(f"stopped by a signal after step {step + 1}, saved in {out}; go on with --resume")
             del ddp                                                 # see leave()
-            leave(world)
+            leave(world_size)
             raise SystemExit(128 + stop)
     if rank == 0:
         print(f"{stage} done: weights {out / 'model.safetensors'}, figures {out / 'log.jsonl'}, "
               f"pictures {out}/preview_*.png")
     del ddp                                                         # see leave()
-    leave(world)
+    leave(world_size)
 
 
 def check(config):
@@ -353,10 +353,10 @@ def make_model(config, preset, codec, device):
 def setup(config):
     """All that both stages build first: processes, model with the base DiT in it, data."""
     preset = check(config)
-    rank, world, device = start_processes(config.device)
+    rank, world_size, device = start_processes(config.device)
     codec, prompts = make_codec(preset, config.vae, device), make_prompts(preset)
-    if config.batch < world:
-        raise UserError(f"--batch {config.batch}: must be at least the number of processes, {world}")
+    if config.batch < world_size:
+        raise UserError(f"--batch {config.batch}: must be at least the number of processes, {world_size}")
     _, *rate = parse_rate(config.rate)
     grid = [n // (s * p) for n, s, p in zip(preset.sizes[0], codec.stride[1:], preset.dit.patch[1:])]
     if any(r > 2 * n for r, n in zip(rate, grid)):                 # frames are padded up to whole blocks
@@ -365,9 +365,9 @@ def setup(config):
         if (Path(config.out) / file).exists():
             raise UserError(f"--out {config.out} holds a {file} already: go on with --resume, or give another folder")
     model = make_model(config, preset, codec, device)
-    with first_before_others(rank, world):                          # the first one fills the cache
+    with first_before_others(rank, world_size):                     # the first one fills the cache
         clips, held_out = open_dataset(config, codec)
-    return model, clips, held_out, Tools(preset, codec, prompts, model.encoder, device, rank, world)
+    return model, clips, held_out, Tools(preset, codec, prompts, model.encoder, device, rank, world_size)
 
 
 def main():

@@ -98,17 +98,6 @@ def continue_video(model, codec, texts, memory, config, size):
         yield x, time.perf_counter() - started
 
 
-def preset_of(config):
-    """The preset of the checkpoint, whose stage is looked at too, or of --init random."""
-    if config.init == "random":
-        return get_preset(config.preset)
-    trained = read_metadata(config.checkpoint)
-    if trained.get("stage") != "finetune":
-        raise UserError(f"{config.checkpoint} is of stage {trained.get('stage')}: "
-                        "continuing a clip needs one of finetune.py")
-    return get_preset(trained["preset"])
-
-
 def open_model(config, preset, device):
     """The trained model, or one of random weights."""
     if config.init == "random":
@@ -149,14 +138,20 @@ def peak_memory(device):
 
 
 def check(config):
-    """Refuse what cannot work; what was left open is the preset's, which is returned."""
+    """Refuse what cannot work; what was left open is the preset's. Returns (preset, config of the checkpoint), the
+    latter {} for random weights."""
     if not config.history:
         raise UserError("--history is missing: give the clip to continue, for example --history assets/clip.mp4")
     if not 0 < config.seconds <= 86400:         # the prompt of each section is looked up first
         raise UserError(f"--seconds {config.seconds}: give a number above 0, at most 86400 (a day)")
     if config.init != "random" and config.preset != SampleConfig.preset:
         raise UserError(f"--preset {config.preset} is for --init random alone: a checkpoint has its own, leave it out")
-    preset = preset_of(config)
+    random = config.init == "random"
+    trained = {} if random else read_metadata(config.checkpoint)
+    if not random and trained.get("stage") != "finetune":
+        raise UserError(f"{config.checkpoint} is of stage {trained.get('stage')}: "
+                        "continuing a clip needs one of finetune.py")
+    preset = get_preset(config.preset if random else trained["preset"])
     for key in ("steps", "guidance", "shift"):
         if getattr(config, key) is None:
             setattr(config, key, getattr(preset, key))
@@ -165,12 +160,11 @@ def check(config):
                         "expected steps of at least 1, guidance of at least 0, shift above 0")
     if not 0 <= config.memory_seconds < math.inf:
         raise UserError(f"--memory_seconds {config.memory_seconds}: give seconds of history to keep, or 0 for all")
-    random = config.init == "random"
-    idle = {"prompt": random, "t5": random, "merge": random or not read_metadata(config.checkpoint).get("lora")}
+    idle = {"prompt": random, "t5": random, "merge": not trained.get("lora")}
     for key, nothing in idle.items():
         if nothing and getattr(config, key):
             raise UserError(f"--{key} does nothing for {'random weights' if random else config.checkpoint}: drop it")
-    return preset
+    return preset, trained
 
 
 def main():
@@ -178,7 +172,7 @@ def main():
     config = parse_flags(SampleConfig, __doc__, aliases={           # Wan's own names
         "steps": ["--sample_steps"], "shift": ["--sample_shift"], "guidance": ["--sample_guide_scale"],
         "seed": ["--base_seed"]})
-    preset, device = check(config), pick_device(config.device)
+    (preset, trained), device = check(config), pick_device(config.device)
     codec = make_codec(preset, config.vae, device)
     section_seconds = preset.section * codec.stride[0] / preset.fps
     most = math.ceil(config.memory_seconds / section_seconds) if config.memory_seconds else None
@@ -192,7 +186,7 @@ def main():
     size, length = history.shape[1:3], preset.section * codec.stride[0]         # frames a section
     writer = VideoWriter(save_file, preset.fps, *size)
     storyboard = [] if config.init == "random" else storyboard_of(config, len(history) / preset.fps)
-    if config.init != "random" and read_metadata(config.checkpoint).get("data") == "world":
+    if trained.get("data") == "world":
         check_words(storyboard)
     prompts = make_prompts(preset, config.t5, device if device.type == "cuda" else "cpu")
     texts = embed(prompts, storyboard, sections, preset, codec)
