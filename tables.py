@@ -384,7 +384,7 @@ def plot(path, x, *labels):
         axes.set(xlabel=x, ylabel=y)
         axes.grid(alpha=0.3)
     if every[0].lines:
-        every[0].legend(fontsize="small" if columns == 1 else "xx-small")
+        figure.legend(*every[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     for axes in every[len(labels):]:
         axes.remove()
     with whole_file(path) as part:
