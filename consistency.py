@@ -21,13 +21,14 @@ import speed
 import world
 from codec import make_codec, to_frames, to_pixels
 from data import STORY_SECTIONS, Clip, Clips, world_clips
+from devices import autocast, pick_device
 from encoder import Memory
-from model import UserError, autocast, euler, get_preset, pick_device
+from model import UserError, euler, get_preset
 from pretrain import downsample, generator
 from scores import MAIN, score
 from tables import (EvalConfig, compare, describe_machine, describe_runs, expected_pairs, first_seeds, interval,
-                    label, markdown, measure_runs, open_checkpoint, parse_runs, per_clip, plot, question, read_runs, wilson, write_csv,
-                    write_table)
+                    label, markdown, measure_runs, open_checkpoint, parse_runs, per_clip, plot, question, read_runs,
+                    wilson, write_csv, write_table)
 from video import VideoWriter, contact_sheet, contact_strip
 
 SHOWN = 2           # stories in the video

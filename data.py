@@ -1,4 +1,4 @@
-"""The clips to train on: stories of the paper-doll world, folders of videos, caches of latents (which caching.py makes).
+"""The clips to train on: stories of the paper-doll world, folders of videos, caches of latents (see caching.py).
 
     python data.py story                          a held-out story as a video, to try things on
     python data.py cache --videos DIR --out DIR   encode a folder of videos once

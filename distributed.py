@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from devices import pick_device
 from encoder import BLOCK_METHODS
-from model import UserError, pick_device
+from model import UserError
 
 
 def start_processes(name, wait=timedelta(hours=2), tensors=True):

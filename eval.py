@@ -30,14 +30,16 @@ import judge
 import speed
 from codec import make_codec, make_prompts, psnr, to_frames, to_pixels
 from data import HISTORY_SECTIONS, Clip, Clips, held_out_videos, read_clip
+from devices import autocast, pick_device
 from encoder import MemoryEncoder
 from figures import preview
 from finetune import ask
 from flags import run_command, run_main
-from model import UserError, autocast, euler, first_line, get_preset, pick_device
+from model import UserError, euler, first_line, get_preset
 from pretrain import PretrainConfig, Tools, collate, downsample, draw_retrieval, generator
-from tables import (EvalConfig, Row, compare, describe_machine, describe_runs, expected_pairs, first_seeds, interval, markdown,
-                    measure_runs, open_checkpoint, parse, parse_runs, plot, question, read_runs, stories, write_table)
+from tables import (EvalConfig, Row, compare, describe_machine, describe_runs, expected_pairs, first_seeds, interval,
+                    markdown, measure_runs, open_checkpoint, parse, parse_runs, plot, question, read_runs, stories,
+                    write_table)
 from video import contact_strip
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ import torch
 import torch.distributed as dist
 
 from codec import psnr, to_frames
-from model import autocast, euler, flow_loss
+from devices import autocast
+from model import euler, flow_loss
 from video import contact_strip
 
 LOSS_TIMES = (0.25, 0.5, 0.75, 0.95, 0.99)

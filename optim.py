@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from model import product_dtype
+from devices import product_dtype
 
 
 def orthogonalize(g, steps=5):

@@ -22,11 +22,12 @@ from tqdm import tqdm
 
 from codec import make_codec, make_prompts
 from data import open_dataset
+from devices import autocast
 from distributed import first_before_others, leave, same_start, share, start_processes, wrap
 from encoder import FRAME_METHODS, METHODS, MemoryDiT, parse_rate
 from figures import look
 from flags import parse_flags, run_main
-from model import Preset, UserError, add_lora, add_noise, autocast, get_preset, sample_t
+from model import Preset, UserError, add_lora, add_noise, get_preset, sample_t
 from optim import EMA, learning_rate, make_optimizers
 from saving import resume, save, start_log
 from weights import load_base, weight_files
@@ -176,8 +177,8 @@ def describe(config, model, tools):
     count = lambda module: sum(p.numel() for p in module.parameters() if p.requires_grad) / 1e6
     print(f"training {count(model.dit):.1f} M parameters of the DiT" +
           (f", {count(model.encoder):.1f} M of the memory encoder" if model.encoder else ""))
-    world_size = tools.world_size
-    print(f"batch {config.batch} = {world_size} process{'es' * (world_size > 1)} x {config.batch / world_size:g} clips, "
+    n = tools.world_size
+    print(f"batch {config.batch} = {n} process{'es' * (n > 1)} x {config.batch / n:g} clips, "
           f"at most {config.micro_batch} at once")
     if model.encoder:
         p = tools.preset

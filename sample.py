@@ -20,9 +20,10 @@ from tqdm import tqdm
 import world
 from codec import make_codec, make_prompts, to_frames, to_pixels
 from data import read_clip
+from devices import autocast, pick_device
 from encoder import Memory, MemoryDiT, load_model
 from flags import parse_flags, run_main, warn
-from model import PRESETS, UserError, add_lora, autocast, euler, get_preset, merge_lora, pick_device
+from model import PRESETS, UserError, add_lora, euler, get_preset, merge_lora
 from storyboard import parse_storyboard, prompt_at, storyboard_beside
 from video import VideoWriter, contact_strip
 from weights import frozen_dtype, read_metadata

@@ -1,5 +1,5 @@
-"""How fast this machine is: the DiT beside diffusers' and plain matrix products, φ, a training step, and a section as the
-history grows.
+"""How fast this machine is: the DiT beside diffusers' and plain matrix products, φ, a training step, and a section as
+the history grows.
 
     python eval.py speed
 """
@@ -12,9 +12,10 @@ import torch
 from tqdm import tqdm
 
 from budget import STRIDES, encoder_cost, flops, frame_tokens, gib, memory_tokens, random_history, short, table
+from devices import autocast, pick_device, product_dtype
 from encoder import MemoryDiT, MemoryEncoder
 from flags import parse_flags
-from model import DiT, UserError, add_lora, autocast, get_preset, pick_device, product_dtype
+from model import DiT, UserError, add_lora, get_preset
 from tables import describe_machine, plot, write_csv
 from weights import wan_name
 

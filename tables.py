@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from codec import make_codec, make_prompts
 from data import world_clips
+from devices import pick_device, product_dtype
 from encoder import FRAME_METHODS, load_model
 from flags import parse_flags, warn
-from model import PRESETS, UserError, pick_device, product_dtype
+from model import PRESETS, UserError
 from pretrain import Tools
 from saving import read_log
 from video import file_hash, whole_file
@@ -29,8 +30,9 @@ from weights import open_safetensors, parse_json, read_metadata, weight_files
 SAME = ("preset", "init", "data", "clips", "steps", "batch", "mask", "queries", "text_drop", "t_mean", "t_std", "lora",
         "optimizer", "warmup", "clip_grad", "ema", "held_out", "sample_steps", "sample_shift")
 # what a measurement depends on besides the weights: changed, a run is measured again
-SOURCES = [f"{name}.py" for name in ("model", "weights", "encoder", "codec", "data", "world", "wan", "video", "pretrain",
-                                     "eval", "consistency", "scores", "budget", "speed", "tables", "storyboard")]
+SOURCES = [f"{name}.py" for name in ("model", "devices", "weights", "encoder", "codec", "data", "world", "wan", "video",
+                                     "pretrain", "eval", "consistency", "scores", "budget", "speed", "tables",
+                                     "storyboard")]
 
 
 @dataclass
@@ -67,7 +69,7 @@ def parse_runs(cls, command, argv):
 def open_checkpoint(path, config, stage):
     """(model on its device, tools, training config) of a checkpoint, which must be of this stage."""
     device = pick_device(config.device)
-    wan = {key: getattr(config, key, "") for key in ("init", "vae")}            # commands on the paper-doll world have none
+    wan = {key: getattr(config, key, "") for key in ("init", "vae")}            # commands for paper dolls have none
     model, trained = load_model(path, wan["init"], device)
     if trained["stage"] != stage:
         raise UserError(f"{path} is of stage {trained['stage']}: give one of {stage}.py")

@@ -46,6 +46,7 @@ import caching
 import codec as codecs
 import consistency
 import data
+import devices
 import encoder
 import eval as evaluation
 import figures
@@ -770,7 +771,8 @@ def test_hash_prompts():
     assert torch.equal(a[4], torch.zeros(16)) and not prompts("").any() and not prompts(" ,. ").any() and b.any(1).all()
     words = torch.stack([torch.from_numpy(codecs.hash_word(w, 64)) for w in "one two three four five six".split()])
     assert (torch.corrcoef(words) - torch.eye(6)).abs().max() < 0.6 and 0.8 < words.var() < 1.2
-    assert codecs.hash_word("cat", 3).tolist() == pytest.approx([2.32206, -0.77695, -1.08425], 1e-4)  # weights rely on it
+    # shipped weights rely on it
+    assert codecs.hash_word("cat", 3).tolist() == pytest.approx([2.32206, -0.77695, -1.08425], 1e-4)
 
 
 def test_clips_cover_every_clip_once_an_epoch():
@@ -1702,8 +1704,17 @@ print((memory("VmHWM") - before) / sum(p.numel() * p.element_size() for p in dit
 
 def cached(folder, *more, preset="tiny"):
     """data.py cache, in this process."""
-    caching.cache_videos(["--videos", str(folder), "--out", "shards", "--preset", preset, "--shard", "4", *map(str, more)])
+    caching.cache_videos(["--videos", str(folder), "--out", "shards", "--preset", preset, "--shard", "4",
+                          *map(str, more)])
     return Path("shards")
+
+
+def watch_encoding(monkeypatch):
+    """A list that gets the name of every video that data.py cache encodes from here on."""
+    calls = []
+    monkeypatch.setattr(caching, "cache_video", lambda path, *a, real=caching.cache_video: (
+        calls.append(path.name) or real(path, *a)))
+    return calls
 
 
 @pytest.mark.parametrize("width, height, size", [(1920, 1080, (480, 832)), (1080, 1920, (832, 480)),
@@ -1734,9 +1745,7 @@ def test_cache_goes_on_and_is_never_stale(tmp_path, capsys, monkeypatch):
         assert text.shape == (1, 24, 16) and torch.allclose(text[0], HashPrompts(16, 24)(f"more {i}"), atol=0.02)
         if i != 3:
             assert torch.allclose(clip.cut(2, 9), codec.encode(to_pixels(pixels[2:9])[None]), atol=0.05)
-    calls = []
-    monkeypatch.setattr(caching, "cache_video", lambda path, *a, real=caching.cache_video: calls.append(path.name) or real(
-        path, *a))
+    calls = watch_encoding(monkeypatch)
     cached(folder)
     assert calls == []
     (folder / "5.txt").write_text("another caption")
@@ -1765,9 +1774,7 @@ def test_cache_stops_once_too_many_are_bad(tmp_path, monkeypatch):
     order = sorted(range(10), key=lambda i: (caching.shard_of(f"{i}.mp4", 5), i))
     for i in order[1:4]:
         (tmp_path / "videos" / f"{i}.mp4").write_text("not a video")
-    calls = []
-    monkeypatch.setattr(caching, "cache_video", lambda path, *a, real=caching.cache_video: calls.append(path.name) or real(
-        path, *a))
+    calls = watch_encoding(monkeypatch)
     with pytest.raises(UserError, match="3 of 10 videos"):
         cached(tmp_path / "videos", "--shard", 2)
     assert 4 <= len(calls) < 10 and calls == [f"{i}.mp4" for i in order[:len(calls)]]
@@ -1866,20 +1873,25 @@ def test_the_recipe_of_the_readme_fits_80_gb(preset, capsys):
         assert given["--preset"] == preset and parsed[1] <= int(largest) and parsed[0] % (8 * parsed[1]) == 0
 
 
-@pytest.mark.parametrize("videos", ("made", "real"))
-def test_wan_recipe_on_two_processes(videos, tmp_path, vae, t5):
-    """Cache, both stages and a continued clip, by the README's commands, on a Wan of tiny width and depth."""
+def recipe_videos(videos, folder):
+    """Three captioned clips in a folder: "made" here, or "real" ones."""
     real = [path for path in sorted((HERE.parent / "shared" / "videos").rglob("*.mp4"))
             if video_info(path)["seconds"] > 17][:3]                # a segment and a section of tiny-wan
     if videos == "real" and len(real) < 3:
         pytest.skip("needs the clips of ../shared/videos")
+    folder.mkdir()
     for i in range(3):
         if videos == "made":
-            write_video(tmp_path / "videos" / f"{i}.mp4", 60, i)
+            write_video(folder / f"{i}.mp4", 60, i)
         else:
-            (tmp_path / "videos").mkdir(exist_ok=True)
-            shutil.copy(real[i], tmp_path / "videos" / f"{i}.mp4")
-        (tmp_path / "videos" / f"{i}.txt").write_text("0s: a cat / 2s: a dog")
+            shutil.copy(real[i], folder / f"{i}.mp4")
+        (folder / f"{i}.txt").write_text("0s: a cat / 2s: a dog")
+
+
+@pytest.mark.parametrize("videos", ("made", "real"))
+def test_wan_recipe_on_two_processes(videos, tmp_path, vae, t5):
+    """Cache, both stages and a continued clip, by the README's commands, on a Wan of tiny width and depth."""
+    recipe_videos(videos, tmp_path / "videos")
     # a base that has not been trained has a head of zeros, through which no gradient comes
     save_file(randomize(DiT(PRESETS["tiny-wan"].dit)).state_dict(), tmp_path / "base.safetensors")
     torchrun("data", "cache", "--preset", "tiny-wan", "--videos", "videos", "--out", "shards", "--vae", vae, "--t5", t5,
@@ -2306,7 +2318,7 @@ def test_table1(runs, cache, capsys):
     assert int(row["encoder_parameters"]) == sum(p.numel() for p in dit.encoder.parameters())
     clips = world_clips("held-out", 2, TINY, DCTCodec(), cache, keep_pixels=True)
     batch = draw_retrieval(pretrain.PretrainConfig(text_drop=1.0), tiny_tools(), clips, range(2), 0)
-    with torch.no_grad(), model.autocast(torch.device("cpu")):
+    with torch.no_grad(), devices.autocast(torch.device("cpu")):
         x = euler(dit.dit, batch.noise, batch.text, batch.frames, dit.encode(batch.hr, batch.lr), 2, 3.0)
     psnr = codecs.psnr(to_frames(DCTCodec().decode(x.float())), batch.truth).mean().item()
     assert float(row["psnr"]) == pytest.approx(psnr, abs=0.01)
@@ -2604,7 +2616,7 @@ def test_stories_are_continued_as_sample_does(cache):
     config = consistency.Table2Config(steps=2, batch=2, seed=5)
     made = consistency.continue_stories(dit, tools, clips, 10, 2, config)
     memory = Memory(dit, DCTCodec(), most=10)                       # 20 s, as by default
-    with model.autocast(torch.device("cpu")):
+    with devices.autocast(torch.device("cpu")):
         memory.append(clips[1].cut(0, 40))
         for k in 10, 11:
             noise = torch.randn(1, 16, 4, 8, 8, generator=pretrain.generator(5, 1, k))
@@ -2872,6 +2884,7 @@ def server(monkeypatch):
     hang. server.asked: (question, message content, headers) of all requests."""
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
+            """Answer a question by the plan."""
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             content = body["messages"][0]["content"]
             asked.append((content[-1]["text"], content, self.headers))
@@ -3673,6 +3686,7 @@ def watch(steps, bad):
     """A prepare(): at the start of each step this process notes the hash of its weights, averages and optimizers in
     steps-RANK; bad(rank, step) names what is not a number then: "batch" or "gradient"."""
     def prepare(rank):
+        """Before main, in the process of this rank."""
         now = []                                                    # the steps begun so far
 
         def take_step(config, tools, ddp, optimizers, ema, batches, step, real=pretrain.take_step):

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from model import UserError, product_dtype
+from devices import product_dtype
+from model import UserError
 
 DIFFUSERS_NAMES = [     # (diffusers, Wan); norm1 and the other one of norm2 and norm3 have no parameters
     (".norm2.", ".norm3."), (".attn1.", ".self_attn."), (".attn2.", ".cross_attn."),
