@@ -82,9 +82,7 @@ def share(loss, signals, world_size):
 
 
 def leave(world_size):
-    """End together: torchrun stops all once one has left, and one that waits for a peer fails. Only DDP's reducer must
-    not outlive the group: freed later, it ends the group's threads while it holds Python's lock, which they may wait
-    for."""
+    """End together: torchrun stops all once one has failed, and one that waits for a peer that is gone fails."""
     if world_size > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -10,7 +10,6 @@ import sys
 import traceback
 from dataclasses import fields, is_dataclass
 
-import torch.distributed as dist
 from tqdm import tqdm
 
 from model import UserError
@@ -72,28 +71,32 @@ def warn(message):
 
 
 def run_main(main):
-    """Run a script's main: 0 done, 2 the user's mistake, 1 ours or the machine's, 130 and 143 stopped by a signal."""
+    """Run a script's main: 0 done, 2 the user's mistake, 1 ours or the machine's, 130 and 143 stopped by a signal.
+
+    A process that torchrun started leaves at once, without the interpreter's clean-up. After an error, because freeing
+    what it shares with the others could wait for them; and at the end, because threads of a process group that then
+    still free their tensors made finished runs hang or abort, rarely.
+    """
+    code, worker = 0, "RANK" in os.environ
     try:
         # so that half-written files are removed; training has a handler of its own
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         main()
     except (UserError, OSError) as e:   # of the latter a full disk, a folder that is gone
         print(f"error: {e}", file=sys.stderr)
-        leave_peers(2 if isinstance(e, UserError) else 1)
+        code = 2 if isinstance(e, UserError) else 1
     except KeyboardInterrupt:
-        leave_peers(130)
+        code = 130
+    except SystemExit as e:
+        code = e.code or 0
     except Exception:
-        if not dist.is_initialized():
+        if not worker:
             raise
         traceback.print_exc()
-        leave_peers(1)
-
-
-def leave_peers(code):
-    """Exit. With others in a process group at once: torchrun stops them when this one is gone, and freeing what they
-    share could wait for them."""
-    if dist.is_initialized():
+        code = 1
+    if worker:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    sys.exit(code)
+    if code:
+        sys.exit(code)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import signal
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -285,22 +286,21 @@ def train(config, stage, draw, model, clips, held_out, tools, look_config, look_
             with (out / "log.jsonl").open("a") as log:
                 log.write(json.dumps(record) + "\n")
         if skipped == MOST_SKIPPED:                                 # the checkpoint stays that of a better time
-            del ddp                                                 # see leave()
+            if rank == 0:
+                tqdm.write(f"error: the gradient was not finite {skipped} times in a row, up to step {step + 1}; "
+                           f"{out} stays as it was last saved", file=sys.stderr)
             leave(world_size)
-            raise SystemExit(f"error: the gradient was not finite {skipped} times in a row, up to step {step + 1}; "
-                             f"{out} stays as it was last saved" if rank == 0 else 1)
+            raise SystemExit(1)
         if rank == 0 and (due or stop):                             # last: what belongs to a saved step is all there
             save(config, stage, model, ema, optimizers, step + 1)
         if stop:
             if rank == 0:
                 tqdm.write(f"stopped by a signal after step {step + 1}, saved in {out}; go on with --resume")
-            del ddp                                                 # see leave()
             leave(world_size)
             raise SystemExit(128 + stop)
     if rank == 0:
         print(f"{stage} done: weights {out / 'model.safetensors'}, figures {out / 'log.jsonl'}, "
               f"pictures {out}/preview_*.png")
-    del ddp                                                         # see leave()
     leave(world_size)
 
 

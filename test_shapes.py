@@ -3290,10 +3290,9 @@ def test_eval_refuses_unknown_commands_and_flags(refused):
 
 @pytest.mark.parametrize("script", [pretrain, finetune, sample])
 def test_help_describes_every_flag(script, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run(script.main, "--help")
+    run(script.main, "--help")
     said = capsys.readouterr().out
-    assert not stop.value.code and "--seed" in said and "python" in said
+    assert "--seed" in said and "python" in said
     config = {pretrain: pretrain.PretrainConfig, finetune: finetune.FinetuneConfig, sample: sample.SampleConfig}[script]
     comments = field_help(config)
     assert all(comments.get(f.name) and f"--{f.name}" in said for f in dataclasses.fields(config))
