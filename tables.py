@@ -2,6 +2,7 @@
 import ast
 import csv
 import hashlib
+import io
 import json
 import math
 import platform
@@ -11,8 +12,11 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import torch
+from einops import rearrange
 from matplotlib.figure import Figure
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from codec import make_codec, make_prompts
@@ -190,12 +194,12 @@ def recall(folder, trained, name, asked):
         return None, key
     with open_safetensors(file) as f:
         known = parse_json((f.metadata() or {}).get("measured"), file, "delete it, then it is made again",
-                           "asked", "costs", "curve", "machine")
+                           "asked", "costs", "curve", "machine", "pictures")
     if all(known.get(part) == value for part, value in key.items()):
         if known.get("code") != code:
             warn(f"{name}: rows without weights were measured by another version of this code")
         values = load_file(file)
-        pictures = values.pop("pictures")
+        pictures = unpack(values.pop("pictures"), *known["pictures"])
         return Row(*label(trained), values, pictures, known["costs"], str(folder), trained, known["curve"],
                    known["machine"]), key
     if not weights.exists():
@@ -204,6 +208,19 @@ def recall(folder, trained, name, asked):
         raise UserError(f"{file} was measured with {'; '.join(other)}: ask for the same, or give the run with its "
                         "weights")
     return None, key
+
+
+def pack(pictures):
+    """(k, F, H, W, 3) uint8 -> (n,) uint8, the bytes of one PNG: half the room, so that results can be shared."""
+    png = io.BytesIO()
+    Image.fromarray(rearrange(pictures, "k f h w c -> (k h) (f w) c").numpy()).save(png, "PNG")
+    return torch.tensor(list(png.getvalue()), dtype=torch.uint8)
+
+
+def unpack(png, k, f):
+    """pack() reversed."""
+    sheet = np.array(Image.open(io.BytesIO(png.numpy().tobytes())))
+    return rearrange(torch.from_numpy(sheet), "(k h) (f w) c -> k f h w c", k=k, f=f)
 
 
 def measure_runs(runs, name, asked, machine, measure):
@@ -219,10 +236,11 @@ def measure_runs(runs, name, asked, machine, measure):
             values, pictures, costs = measure(folder)
             row = Row(*label(runs[folder]), values, pictures, costs, folder, runs[folder], curve, machine)
             metadata = {"config": json.dumps(row.trained),
-                        "measured": json.dumps(key | {"costs": costs, "curve": curve, "machine": machine})}
+                        "measured": json.dumps(key | {"costs": costs, "curve": curve, "machine": machine,
+                                                      "pictures": pictures.shape[:2]})}
             try:
                 with whole_file(Path(folder) / f"{name}.safetensors") as part:
-                    save_file(values | {"pictures": pictures}, part, metadata)
+                    save_file(values | {"pictures": pack(pictures)}, part, metadata)
             except (OSError, UserError) as e:                       # a run of someone else's, say
                 warn(f"{e}: this measurement is not kept")
         rows.append(row)
