@@ -150,7 +150,7 @@ def read_reply(reply):
 
 
 def post(body, config, key):
-    """Send a question -> (kind, text): one of ANSWERED, or of "timeout" and "error", after all tries.
+    """Send a question -> (kind, text, retries): one of ANSWERED, or of "timeout" and "error", after all tries.
 
     Raises UserError where every other question would fail too: no server, or one that finds the request wrong.
     """
@@ -168,10 +168,10 @@ def post(body, config, key):
             with reply:
                 said = reply.read().replace(key.encode() or b"\0", b"[key]")
             if reply.status < 300:
-                return read_reply(said)
+                return *read_reply(said), attempt
             text = " ".join(said.decode(errors="replace").split())[:200]
             if reply.status == 400 and re.search("content_(filter|policy)", text):
-                return "refusal", text
+                return "refusal", text, attempt
             if reply.status != 429 and reply.status < 500:
                 raise UserError(f"{url} answers HTTP {reply.status} ({text or reply.reason}): check --endpoint (most "
                                 "end in /v1), --model and --key_env, and that the model takes pictures")
@@ -185,7 +185,7 @@ def post(body, config, key):
     if failure[0] == "unreachable":
         raise UserError(f"{url} cannot be reached ({failure[1]}): start the server or check --endpoint; "
                         "answers so far are kept, so the same command goes on")
-    return failure
+    return *failure, config.retries
 
 
 def read_answers(path):
@@ -208,8 +208,8 @@ def read_answers(path):
 
 
 def judge_video(path, config, key, answers, bar):
-    """Ask all questions about a video. Returns ({dimension: score}, a Counter of kinds): the score is the fraction of
-    yes, None if the gate says no, nan if a question failed. `answers` is read and extended."""
+    """Ask all questions about a video. Returns ({dimension: score}, a Counter of kinds and of retries now): the score
+    is the fraction of yes, None if the gate says no, nan if a question failed. `answers` is read and extended."""
     shown, sha256 = show(path, config), hashlib.sha256(Path(path).read_bytes()).hexdigest()
     headings = [piece["text"] for piece in shown if piece["type"] == "text"]
     scores, kinds = {}, Counter()
@@ -221,13 +221,15 @@ def judge_video(path, config, key, answers, bar):
         place = sha256, config.model, prompt
         if place not in answers:
             content = [*shown, {"type": "text", "text": question}]              # last, so that servers reuse the rest
-            kind, text = post({"model": config.model, "temperature": 0,
-                               "messages": [{"role": "user", "content": content}]}, config, key)
+            kind, text, retries = post({"model": config.model, "temperature": 0,
+                                        "messages": [{"role": "user", "content": content}]}, config, key)
             line = dict(video=path, sha256=sha256, model=config.model, dimension=dimension, question=name, kind=kind,
-                        answer=text, date=datetime.now(timezone.utc).isoformat(timespec="seconds"), prompt=prompt)
+                        answer=text, retries=retries, date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                        prompt=prompt)
             with open(config.out, "a", encoding="utf-8") as f:
                 f.write(json.dumps(line) + "\n")
             answers[place] = kind
+            kinds.update({"retries": retries} if retries else {})
         kinds[answers[place]] += 1
         bar.update()
         return answers[place]

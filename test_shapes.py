@@ -2963,6 +2963,7 @@ def test_judge_counts_and_goes_on(server, capsys, monkeypatch):
     assert judged(said) == {"character": ["100.0", "1", "0", "1"], "cloth": ["–", "0", "2", "0"],
                             "object": ["–", "0", "0", "2"], "scene": ["66.7", "2", "0", "0"]}, said
     assert "1 refusal" in said and "1 unparsable" in said and "1 timeout" in said
+    assert "2 retries" in said
     # a: 4 gates, cloth out, 3 x 3 and a retry; b: 4 gates, one with a retry, 3 of the scene
     assert len(server.asked) == 14 + 8 and server.asked[0][0] == server.asked[1][0]
     assert all(headers["Authorization"] == "Bearer sk-12345" for *_, headers in server.asked)
@@ -2970,6 +2971,7 @@ def test_judge_counts_and_goes_on(server, capsys, monkeypatch):
     lines = [json.loads(line) for line in Path("out/judge.jsonl").read_text().splitlines()]
     assert len(lines) == 13 + 7 and "sk-12345" not in Path("out/judge.jsonl").read_text() + said
     assert {x["video"] for x in lines} == {"a.mp4", "b.mp4"} and {x["model"] for x in lines} == {"m"}
+    assert [x["retries"] for x in lines[:2]] == [1, 0] and sum(x["retries"] for x in lines) == 2
     assert lines[0]["sha256"] == hashlib.sha256(Path("a.mp4").read_bytes()).hexdigest()
     assert all(x["date"].startswith("20") and "History" in x["prompt"] and "yes or no" in x["prompt"] for x in lines)
 
