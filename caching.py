@@ -165,8 +165,9 @@ def cache_videos(argv):
     """Encode a folder of videos, once, into shards to train on: windows of a history and a section each. Goes on where
     it was stopped; under torchrun the processes share the work."""
     config = parse_flags(CacheConfig, cache_videos.__doc__, argv)
-    if not config.videos or not config.out:
-        raise UserError("--videos and --out are needed: a folder of videos, and one for the shards")
+    if missing := [f"--{key}" for key in ("videos", "out") if not getattr(config, key)]:
+        raise UserError(f"{' and '.join(missing)} missing: give --videos, a folder of videos, and --out, one for the "
+                        "shards")
     preset = get_preset(config.preset)
     if config.shard < 1:
         raise UserError(f"--shard {config.shard}: must be at least 1")

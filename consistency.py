@@ -336,14 +336,17 @@ def story(argv):
     with plot(f"{stem}.png", "absence, s", "cloth, %", "identity, %") as panels:
         for row in rows:
             by_absence = {name: row.values[name].view(config.clips, -1).T for name in ("cloth", "identity")}
-            for axes, x in zip(panels, by_absence.values()):
-                axes.plot(seconds, x.mean(1), marker=".", label=row.name)
+            ends = {name: [[100 * end for end in wilson((right == 100).sum().item(), config.clips)] for right in x]
+                    for name, x in by_absence.items()}              # right or wrong, a story each
+            for axes, name in zip(panels, by_absence):
+                line, = axes.plot(seconds, by_absence[name].mean(1), marker=".", label=row.name)
+                axes.fill_between(seconds, *zip(*ends[name]), color=line.get_color(), alpha=0.1, linewidth=0)
             for k, s in enumerate(seconds):
                 r = {"method": row.method, "rate": row.rate, "run": row.folder, "step": row.trained["step"],
                      "seed": row.trained["seed"], "seconds_absent": s, "clips": config.clips}
-                for name, x in by_absence.items():                  # right or wrong, a story each
-                    low, high = wilson((x[k] == 100).sum().item(), config.clips)
-                    r |= {name: x[k].mean().item(), f"{name}_low": 100 * low, f"{name}_high": 100 * high}
+                for name, x in by_absence.items():
+                    low, high = ends[name][k]
+                    r |= {name: x[k].mean().item(), f"{name}_low": low, f"{name}_high": high}
                 records.append(r)
         for axes in panels:
             axes.axhline(100 / 16, color="grey", linestyle=":", label="chance")

@@ -38,6 +38,12 @@ def starts(tools, clip, sections, waiting):
     return [b for b in clip.targets(sections, section) if (b == least if lone else b >= least)]
 
 
+def possible_lengths(tools, clips, waiting):
+    """Whole sections of history, beside so many waiting frames, after which every clip has a target."""
+    most = (tools.preset.history - int(tools.codec.causal) - waiting) // tools.preset.section
+    return [n for n in range(1, most + 1) if all(starts(tools, clip, n, waiting) for clip in clips)]
+
+
 def draw_continuation(config, tools, clips, rows, step, longest=False):
     """Stage 2: a history of one length a batch, all that the next section asks for seen in it; the target is that
     section. clips: the global batch; rows: those to return. longest: for figures, the longest history.
@@ -51,11 +57,9 @@ def draw_continuation(config, tools, clips, rows, step, longest=False):
     waiting = int(torch.randint(section, (), generator=g)) * int(torch.randint(2, (), generator=g))
     if lone or longest:
         waiting = 0
-    for waiting in (waiting, 0):                                    # 0: too much is asked of one of the clips
-        lengths = [n for n in range(1, (tools.preset.history - lone - waiting) // section + 1)
-                   if all(starts(tools, clip, n, waiting) for clip in clips)]
-        if lengths:
-            break
+    lengths = possible_lengths(tools, clips, waiting)
+    if not lengths:                                                 # too short or too particular a clip for that
+        waiting, lengths = 0, possible_lengths(tools, clips, 0)
     length = lengths[-1] if longest else lengths[int(torch.randint(len(lengths), (), generator=g))]
     parts = []
     for row in rows:

@@ -2,7 +2,7 @@
 
 The DiT must denoise randomly chosen frames of a 20 s history given φ of it (paper, section 3.1, equation 1):
 
-    ‖(ε - H_Ω) - G_θ((H_Ω)_t, t, c, φ(H))‖²     Ω: the chosen frames; c: a prompt, dropped in half of the samples
+    ‖(ε - H_Ω) - G_θ((H_Ω)_t, t, c, φ(H))‖²     Ω: the chosen frames; c: the caption of one of them, often dropped
 
     python pretrain.py                            one process, with a GPU or without
     torchrun --nproc_per_node=8 pretrain.py       the same global batch on eight
@@ -27,11 +27,11 @@ from devices import autocast
 from distributed import first_before_others, leave, same_start, share, start_processes, wrap
 from encoder import FRAME_METHODS, METHODS, MemoryDiT, parse_rate
 from figures import look
-from flags import parse_flags, run_main
+from flags import parse_flags, run_main, warn
 from model import Preset, UserError, add_lora, add_noise, get_preset, sample_t
 from optim import EMA, learning_rate, make_optimizers
 from saving import resume, save, start_log
-from weights import load_base, weight_files
+from weights import load_base, own_config, weight_files
 
 
 @dataclass
@@ -188,7 +188,7 @@ def describe(config, model, tools):
         with torch.no_grad():
             tokens = model.encode(history, downsample(tools, history))[0].shape[1]
         print(f"memory: {tokens} tokens for a history of {p.history} latents of {height}x{width} (uncompressed: "
-              f"{p.history * height * width // 4}); "
+              f"{p.history * math.prod(-(-size // n) for size, n in zip((height, width), p.dit.patch[1:]))}); "
               f"{p.dit.dim * tokens / history.numel():.3g} channels a latent value")
 
 
@@ -257,6 +257,8 @@ def train(config, stage, draw, model, clips, held_out, tools, look_config, look_
     same_start(first, ema, world_size)
     ddp = wrap(config, model, tools)
     if rank == 0:
+        if first >= config.steps:
+            warn(f"{out} has {first} steps already: --steps {config.steps} asks for no more")
         start_log(out, first)
         describe(config, model, tools)
     signals = []                                                    # Ctrl-C and SIGTERM: finish the step, save, leave
@@ -327,7 +329,10 @@ def check(config):
     if config.optimizer not in ("muon", "adamw"):
         raise UserError(f"--optimizer {config.optimizer}: choose muon or adamw")
     if config.init != "random":
-        weight_files(config.init)
+        base = own_config(weight_files(config.init)[0])
+        if base and base["preset"] != config.preset:
+            raise UserError(f"--init {config.init} is of --preset {base['preset']}, not {config.preset}: give a base "
+                            "of that preset, or train one with finetune.py --method none --init random")
     elif config.lora:
         raise UserError(f"--init random --lora {config.lora}: an update of random weights, which no checkpoint would "
                         "hold; give --init a base, or --lora 0")

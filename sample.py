@@ -145,9 +145,12 @@ def check(config):
         raise UserError("--history is missing: give the clip to continue, for example --history assets/clip.mp4")
     if not 0 < config.seconds <= 86400:         # the prompt of each section is looked up first
         raise UserError(f"--seconds {config.seconds}: give a number above 0, at most 86400 (a day)")
-    if config.init != "random" and config.preset != SampleConfig.preset:
-        raise UserError(f"--preset {config.preset} is for --init random alone: a checkpoint has its own, leave it out")
     random = config.init == "random"
+    if not random and config.preset != SampleConfig.preset:
+        raise UserError(f"--preset {config.preset} is for --init random alone: a checkpoint has its own, leave it out")
+    if random and config.checkpoint != SampleConfig.checkpoint:
+        raise UserError(f"--checkpoint {config.checkpoint} --init random: random weights or trained ones, drop one of "
+                        "the two")
     trained = {} if random else read_metadata(config.checkpoint)
     if not random and trained.get("stage") != "finetune":
         raise UserError(f"{config.checkpoint} is of stage {trained.get('stage')}: "
@@ -219,7 +222,8 @@ def main():
                                      desc="sections"):
             frames = to_frames(decode(latents))[0].cpu()                        # (F, H, W, 3)
             writer.write(frames)
-            made.append(frames[-len(times) * length % every::every].clone())    # counted on across sections
+            # every so many frames, counted on across sections: this one begins at frame len(times) * length
+            made.append(frames[-len(times) * length % every::every].clone())
             times.append(seconds)
     strip = save_file.with_suffix(".png")
     draw_strip(strip, history, length, torch.cat(made), every / preset.fps)

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from cycler import cycler
 from einops import rearrange
+from matplotlib import rcParams
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -112,6 +114,10 @@ def read_runs(folders, command, stage, kept):
     runs = {}
     for folder in folders:
         weights, measurement = (Path(folder) / f"{name}.safetensors" for name in ("model", kept))
+        others = [path.name for path in sorted(Path(folder).glob("*.safetensors"))]
+        if others and weights.name not in others and measurement.name not in others:
+            raise UserError(f"{folder} has neither {weights.name} nor {measurement.name}, but {', '.join(others)}: ask "
+                            "for the table of that name (table1_video: eval.py table1 with --data FOLDER)")
         config = read_metadata(weights if weights.exists() or not measurement.exists() else measurement)
         if config["stage"] != stage:
             raise UserError(f"{folder} is of stage {config['stage']}: give runs of {stage}.py")
@@ -399,6 +405,8 @@ def plot(path, x, *labels):
     figure = Figure(figsize=(8, 5) if columns == 1 else (4.5 * columns, 3.5 * -(-len(labels) // columns) + 0.5),
                     layout="constrained")
     every = figure.subplots(-(-len(labels) // columns), columns, squeeze=False).flatten()
+    for axes in every:                                              # of more than ten lines no two look the same
+        axes.set_prop_cycle(cycler(linestyle=["-", "--", ":"]) * rcParams["axes.prop_cycle"])
     yield every[:len(labels)]
     for axes, y in zip(every, labels):
         axes.set(xlabel=x, ylabel=y)
@@ -416,10 +424,11 @@ def draw_curves(path, rows, everything):
     trained = everything[0].trained
     what = f"PSNR, dB ({trained['held_out']} clips, {trained['sample_steps']} Euler steps)"
     with plot(path, "step", what) as (axes,):
-        for i, row in enumerate(row for row in rows if row.trained):
-            for one in (one for one in everything if one.name == row.name):
-                axes.plot(*zip(*one.curve), color=f"C{i}", marker=".", linewidth=1.6 if one is row else 0.6,
-                          label=row.name if one is row else None)
+        for row in (row for row in rows if row.trained):
+            line, = axes.plot(*zip(*row.curve), marker=".", linewidth=1.6, label=row.name)
+            for one in (one for one in everything if one.name == row.name and one is not row):
+                axes.plot(*zip(*one.curve), marker=".", linewidth=0.6, color=line.get_color(),
+                          linestyle=line.get_linestyle())
 
 
 def write_table(stem, lines, rows, everything, record, metrics):

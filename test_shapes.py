@@ -387,7 +387,8 @@ def test_a_base_holds_each_tensor_once_and_nothing_else(tmp_path):
         save_file({**state, **more}, tmp_path / "base.safetensors")
         with pytest.raises(UserError, match=says):
             load_base(tiny_dit(), tmp_path / "base.safetensors")
-    save_file({**{f"dit.{k}": v for k, v in state.items()}, **more}, tmp_path / "base.safetensors", {"config": "{}"})
+    save_file({**{f"dit.{k}": v for k, v in state.items()}, **more}, tmp_path / "base.safetensors",
+              {"config": json.dumps({"stage": "finetune", "preset": "tiny"})})
     load_base(tiny_dit(), tmp_path / "base.safetensors")            # of a run of ours φ is left where it is
 
 
@@ -1376,7 +1377,7 @@ def take_step_with_signal(step, number, real=pretrain.take_step):
     return take_step
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(cache, monkeypatch):
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(cache, monkeypatch, capsys):
     run(pretrain.main, *flags(cache, out="whole", steps=6))
 
     with monkeypatch.context() as m, pytest.raises(SystemExit) as stop:
@@ -1389,6 +1390,9 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(cache, monkeypatch
     assert losses("parts") == losses("whole")
     a, b = (load_file(f"{out}/model.safetensors") for out in ("whole", "parts"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    capsys.readouterr()
+    run(pretrain.main, *flags(cache, out="parts", steps=5, resume=True))        # finished: nothing to do, and said so
+    assert "parts has 6 steps already" in capsys.readouterr().err and losses("parts") == losses("whole")
 
 
 def torchrun(module, *argv):
@@ -2438,6 +2442,9 @@ def test_a_measured_row_needs_no_weights(table, runs, stage2, cache, refused):
     run(evaluation.main, table, "other", *asked, "--out", "third")
     assert read_csv(f"third/{table}.csv")[-1]["psnr"] in [
         row["psnr"] for row in read_csv(f"first/{table}.csv") if row["method"] in ("full", "none")]
+    Path("other", "model.safetensors").unlink()
+    Path("other", kept).rename("other/table3.safetensors")
+    assert "but table3.safetensors" in refused(evaluation.main, table, "other", *asked)
     Path("row", kept).write_bytes(b"cut short")
     assert kept in refused(evaluation.main, table, "row", *asked)
 
@@ -3228,6 +3235,9 @@ def test_stages_refuse_bad_settings(refused, cache, tmp_path):
         assert " ".join((*flag, "does nothing")) in refused(sample.main, "--history", "a.mp4", "--checkpoint", weights,
                                                             *flag)
     assert "suffix" in refused(sample.main, "--history", "a.mp4", "--checkpoint", weights, "--save_file", "a.png")
+    assert "a.mp4/b.mp4 cannot be written" in refused(          # before the model is loaded
+        sample.main, "--history", "a.mp4", "--checkpoint", weights, "--save_file", "a.mp4/b.mp4", "--device", "cpu")
+    assert "drop one" in refused(sample.main, "--history", "a.mp4", "--init", "random", "--checkpoint", "b")
     assert "--prompt does nothing for random weights" in refused(
         sample.main, "--history", "a.mp4", "--init", "random", "--preset", "tiny", "--prompt", "x")
     assert "--seed" in refused(sample.main, "--seed", 2**64, "--history", "a.mp4")
@@ -3265,6 +3275,8 @@ def test_stages_refuse_checkpoints_of_another_kind(refused, cache, stage1):
     common = lambda **changes: flags(cache, out="out", **changes)
     assert "shape" in refused(pretrain.main, *common(init="wide.safetensors"))
     assert "pickle.safetensors" in refused(pretrain.main, *common(init="pickle.safetensors"))
+    assert "is of --preset tiny, not nano" in refused(pretrain.main, *common(init=stage1 / "model.safetensors",
+                                                                             preset="nano"))
     for damage in "{", "[]", "{}":
         save_file({"x": torch.zeros(1)}, "damaged.safetensors", {"config": damage})
         assert "header of damaged.safetensors is damaged" in refused(

@@ -292,13 +292,9 @@ def file_hash(path):
     return digest.hexdigest()
 
 
-@contextmanager
-def whole_file(path):
-    """Makes the folder and gives a temporary path near `path`: flushed and renamed at the end, removed on an exception,
-    so that `path` is always the old file or the whole new one. Raises OSError where the disk does not take it."""
-    path = Path(path)
+def part_folder(path):
+    """Make the folder of `path`, and one in it for a temporary file. Raises UserError where nothing can be written."""
     folder = path.with_name(f".{path.name}.{os.getpid()}.part")     # of its own: safetensors has temporary files too
-    temporary = folder / f".{path.name}"
     try:
         if path.is_dir():
             raise IsADirectoryError(0, "it is a folder")
@@ -307,6 +303,16 @@ def whole_file(path):
         if error.errno == errno.ENOSPC:
             raise
         raise UserError(f"{path} cannot be written ({error.strerror}): give one in a folder you may write to") from None
+    return folder
+
+
+@contextmanager
+def whole_file(path):
+    """Makes the folder and gives a temporary path near `path`: flushed and renamed at the end, removed on an exception,
+    so that `path` is always the old file or the whole new one. Raises OSError where the disk does not take it."""
+    path = Path(path)
+    folder = part_folder(path)
+    temporary = folder / f".{path.name}"
     try:
         yield temporary
         with open(temporary, "rb+") as f:
@@ -345,6 +351,7 @@ class VideoWriter:
             raise UserError(f"{path}: a video is written as .mp4, .mov, .mkv or .gif; change the suffix")
         if not 0 < fps <= (50 if self.gif else 1000):
             raise UserError(f"fps is {fps}: give a number above 0" + ", at most 50 for a gif" * self.gif)
+        part_folder(self.path).rmdir()              # refuse now what cannot be written, not after hours of sampling
         # Players stutter, or drop the last picture, at the 2 fps of the nano preset: show each frame several times.
         self.times = 1 if self.gif else math.ceil(8 / fps)
         self.rate = Fraction(fps).limit_denominator(1001) * self.times

@@ -75,14 +75,21 @@ def open_safetensors(path):
         raise UserError(f"{path} is not a readable safetensors file ({e}): download or train it again") from None
 
 
-def read_metadata(path):
-    """The JSON config that a checkpoint of this project carries in its header."""
+def own_config(path):
+    """The JSON config that a checkpoint of this project carries in its header; None of any other."""
     with open_safetensors(path) as f:
         text = (f.metadata() or {}).get("config")
-    if text is None:
+    return text and parse_json(text, f"the config in the header of {path}", "train it again, or name another", "stage",
+                               "preset")
+
+
+def read_metadata(path):
+    """own_config(), where it must be there."""
+    config = own_config(path)
+    if config is None:
         raise UserError(f"{path} was not written by pretrain.py or finetune.py (no config in it): "
                         "give a model.safetensors of theirs")
-    return parse_json(text, f"the config in the header of {path}", "train it again, or name another", "stage")
+    return config
 
 
 def load_weights(module, files, rename=lambda name: name, names=None, device="cpu",
@@ -138,7 +145,6 @@ def load_base(dit, path, device="cpu", frozen=False):
     in float32, or if frozen as frozen_dtype says."""
     held = frozen_dtype(device) if frozen else lambda name, tensor: torch.float32
     files = weight_files(path)
-    with open_safetensors(files[0]) as f:
-        own = "config" in (f.metadata() or {})                      # of a checkpoint of ours take the DiT alone
+    own = own_config(files[0]) is not None                          # of a checkpoint of ours take the DiT alone
     rename = lambda name: None if own and name.startswith("encoder.") else wan_name(name)
     load_weights(dit, files, rename, device=device, dtype=held)
