@@ -58,13 +58,21 @@ def make_optimizers(model, config):
     """
     params, lr = {name: p for name, p in model.named_parameters() if p.requires_grad}, config.lr
     adamw = lambda groups: torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+
+    def groups(names, peak):
+        """Parameter groups of these, φ's with --encoder_lr."""
+        found = {peak: []}
+        for name in names:
+            share = config.encoder_lr if name.startswith("encoder.") else 1
+            found.setdefault(peak * share, []).append(params[name])
+        return [dict(params=those, peak=rate) for rate, those in found.items()]
+
     if config.optimizer == "adamw":
-        return [adamw([dict(params=list(params.values()), peak=lr)])]
-    timestep = [p for name, p in params.items() if name.startswith("dit.time_")]
-    rest = [p for name, p in params.items() if not name.startswith("dit.time_")]
-    matrices = dict(params=[p for p in rest if p.ndim in (2, 5)], peak=lr)
-    others = dict(params=[p for p in rest if p.ndim not in (2, 5)], peak=0.1 * lr)
-    return [Muon([matrices], lr), adamw([others, dict(params=timestep, peak=0.01 * lr)])]
+        return [adamw(groups(params, lr))]
+    timestep = [name for name in params if name.startswith("dit.time_")]
+    matrices = [name for name, p in params.items() if p.ndim in (2, 5) and name not in timestep]
+    others = [name for name, p in params.items() if p.ndim not in (2, 5) and name not in timestep]
+    return [Muon(groups(matrices, lr), lr), adamw(groups(others, 0.1 * lr) + groups(timestep, 0.01 * lr))]
 
 
 def learning_rate(step, config):

@@ -50,6 +50,7 @@ class Config:
     micro_batch: int = 8          # clips a forward pass on one process; gradients are accumulated up to the batch
     optimizer: str = None         # muon (for matrices; AdamW for the rest, see optim.py) or adamw [the preset's]
     lr: float = None              # peak learning rate; of muon, the rest has a tenth or a hundredth [the preset's]
+    encoder_lr: float = 1.0       # φ's, as a share of it
     warmup: int = 50              # steps of linear warm-up; then a cosine down to zero
     clip_grad: float = 1.0        # largest norm of the gradient
     ema: float = 0.995            # decay of the weight average that is saved and sampled from
@@ -318,7 +319,7 @@ def check(config):
             raise UserError(f"--{key} {getattr(config, key)}: must be at least 1")
     if not math.isfinite(config.t_mean):
         raise UserError(f"--t_mean {config.t_mean}: give a number")
-    for key in ("lr", "clip_grad", "t_std", "sample_shift"):
+    for key in ("lr", "encoder_lr", "clip_grad", "t_std", "sample_shift"):
         if not 0 < getattr(config, key) < math.inf:
             raise UserError(f"--{key} {getattr(config, key)}: must be above 0")
     for key, most in dict(lora=math.inf, warmup=math.inf, text_drop=1, ema=1).items():
