@@ -1322,6 +1322,13 @@ def test_every_trained_weight_has_one_optimizer():
     assert all(w in [names[i] for i in ids(muon)] for w in ("dit.blocks.0.ffn.0.weight", "encoder.hr.convs.0.weight"))
     slow = [names[id(p)] for group in adam.param_groups if group["peak"] == 0.01 * 0.02 for p in group["params"]]
     assert sorted(slow) == sorted(name for name in names.values() if name.startswith("dit.time_"))
+    rates = lambda **changes: {names[id(p)]: group["peak"] for o in pretrain.make_optimizers(
+        dit, pretrain.PretrainConfig(lr=0.02, **changes)) for group in o.param_groups for p in group["params"]}
+    for optimizer in "muon", "adamw":
+        whole, slower = rates(optimizer=optimizer), rates(optimizer=optimizer, encoder_lr=0.1)
+        assert whole.keys() == slower.keys()
+        share = {name: 0.1 if name.startswith("encoder.") else 1 for name in whole}
+        assert all(math.isclose(slower[name], whole[name] * share[name]) for name in whole)
 
 
 def test_noise_levels_are_spread_over_a_batch():
