@@ -423,11 +423,12 @@ def draw_curves(path, rows, everything):
     """PSNR over the steps of every run, from its log; a colour a row, thin for the seeds that are not in the table."""
     trained = everything[0].trained
     what = f"PSNR, dB ({trained['held_out']} clips, {trained['sample_steps']} Euler steps)"
+    points = lambda row: ([step for step, _ in row.curve], [psnr for _, psnr in row.curve])     # a log may have none
     with plot(path, "step", what) as (axes,):
         for row in (row for row in rows if row.trained):
-            line, = axes.plot(*zip(*row.curve), marker=".", linewidth=1.6, label=row.name)
+            line, = axes.plot(*points(row), marker=".", linewidth=1.6, label=row.name)
             for one in (one for one in everything if one.name == row.name and one is not row):
-                axes.plot(*zip(*one.curve), marker=".", linewidth=0.6, color=line.get_color(),
+                axes.plot(*points(one), marker=".", linewidth=0.6, color=line.get_color(),
                           linestyle=line.get_linestyle())
 
 
