@@ -31,7 +31,7 @@ from tables import (EvalConfig, compare, describe_machine, describe_runs, expect
                     wilson, write_csv, write_table)
 from video import VideoWriter, contact_sheet, contact_strip
 
-SHOWN = 2           # stories in the video
+SHOWN = 1           # stories in the video
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Generating
@@ -254,7 +254,8 @@ def draw_pictures(stem, rows, clips, first, section, fps):
     n, begin = rows[0].pictures.shape[1], first * section
     names = [row.name.replace(" ", "\n") for row in rows] + ["truth"]
     truth = torch.stack([clip.pixels[:begin + n] for clip in clips])                       # (k, F, H, W, 3)
-    made = [*(row.pictures for row in rows), truth[:, begin:]]
+    # what was kept by older versions may be of more stories
+    made = [*(row.pictures[:SHOWN] for row in rows), truth[:, begin:]]
     contact_strip([("history,\na frame a section", truth[0, section // 2:begin:section]),
                    *((name, x[0]) for name, x in zip(names, made))], f"{stem}.png")
     before = 2 * section
