@@ -101,7 +101,7 @@ METRICS = ("cloth", "identity", "object", "scene", "psnr", "cloth_hard", "object
 @dataclass
 class StoryConfig(EvalConfig):
     guidance: float = 1.5         # classifier-free guidance: 1 is none
-    out: str = "assets"           # folder for table2_story.csv and .png
+    out: str = "assets"           # folder for table2_story.csv, .png and _strip.png
 
 
 @dataclass
@@ -129,14 +129,13 @@ def score_sections(made, clips, first):
     return values | {"consistency": torch.stack([per_clip(values[name]) for name in MAIN]).mean(0)[:, None]}
 
 
-def continue_runs(runs, name, codec, clips, first, sections, config):
+def continue_runs(runs, name, codec, clips, first, sections, config, show):
     """[Row]: the same clips continued with each run, and scored. name: of the file that keeps this in a run's
-    folder."""
+    folder; show: (n, S, F, H, W, 3) -> the pictures of a Row, (k, F', H, W, 3)."""
     def measure(folder):
         model, tools, _ = open_checkpoint(Path(folder) / "model.safetensors", config, "finetune")
         made = continue_stories(model, tools, clips, first, sections, config)
-        return (score_sections(made, clips, first), made[:SHOWN].flatten(1, 2).contiguous(),
-                costs(model, tools, clips[0], config))
+        return score_sections(made, clips, first), show(made).contiguous(), costs(model, tools, clips[0], config)
     asked = question(config, codec, clips, "steps", "shift", "guidance", "seed", first=first, sections=sections)
     return measure_runs(runs, name, asked, describe_machine(pick_device(config.device)), measure)
 
@@ -273,7 +272,8 @@ def table2(argv):
     preset, first = world_preset(runs, config.sections)
     codec = make_codec(preset)
     clips = world_clips("held-out", config.clips, preset, codec, config.cache, keep_pixels=True)
-    everything = continue_runs(runs, "table2", codec, clips, first, config.sections, config)
+    everything = continue_runs(runs, "table2", codec, clips, first, config.sections, config,
+                               lambda made: made[:SHOWN].flatten(1, 2))
     true = torch.cat([clip.cut(first * preset.section, (first + config.sections) * preset.section) for clip in clips])
     true = to_frames(codec.decode(true)).unflatten(1, (config.sections, preset.section))
     ceiling = score_sections(true, clips, first)
@@ -330,8 +330,9 @@ def story(argv):
     runs = dict(lowest.values())
     preset, first = world_preset(runs)
     codec = make_codec(preset)
-    clips = absence_clips(config.clips, preset, codec, first)
-    rows, records = continue_runs(runs, "story", codec, clips, first, 1, config), []
+    clips, middle = absence_clips(config.clips, preset, codec, first), preset.section // 2
+    rows, records = continue_runs(runs, "story", codec, clips, first, 1, config,
+                                  lambda made: made[:MOST_ABSENT + 1, 0, middle:middle + 1]), []
     seconds = [k * preset.section * codec.stride[0] / preset.fps for k in range(MOST_ABSENT + 1)]
     stem = Path(config.out) / "table2_story"
     with plot(f"{stem}.png", "absence, s", "cloth, %", "identity, %") as panels:
@@ -341,7 +342,8 @@ def story(argv):
                     for name, x in by_absence.items()}              # right or wrong, a story each
             for axes, name in zip(panels, by_absence):
                 line, = axes.plot(seconds, by_absence[name].mean(1), marker=".", label=row.name)
-                axes.fill_between(seconds, *zip(*ends[name]), color=line.get_color(), alpha=0.1, linewidth=0)
+                if len(rows) <= 5:                                  # of more, bands would hide the lines
+                    axes.fill_between(seconds, *zip(*ends[name]), color=line.get_color(), alpha=0.1, linewidth=0)
             for k, s in enumerate(seconds):
                 r = {"method": row.method, "rate": row.rate, "run": row.folder, "step": row.trained["step"],
                      "seed": row.trained["seed"], "seconds_absent": s, "clips": config.clips}
@@ -352,9 +354,12 @@ def story(argv):
         for axes in panels:
             axes.axhline(100 / 16, color="grey", linestyle=":", label="chance")
     write_csv(f"{stem}.csv", records)
+    truth = clips[0].pixels[None, first * preset.section + middle].expand(MOST_ABSENT + 1, -1, -1, -1)
+    contact_strip([*((row.name.replace(" ", "\n"), row.pictures[:, 0]) for row in rows), ("truth", truth)],
+                  f"{stem}_strip.png", [f"{s:g} s" for s in seconds])
     for r in records:
         print(f"{r['method']:18}{r['rate']:8}step {r['step']}, seed {r['seed']}, {r['seconds_absent']:4g} s absent: "
               + ", ".join(f"{name} {r[name]:5.1f} % ({r[f'{name}_low']:.0f} to {r[f'{name}_high']:.0f})"
                           for name in ("cloth", "identity")))
     print(f"{config.clips} stories, {config.steps} Euler steps, guidance {config.guidance:g}, seed {config.seed}; "
-          f"wrote {stem}.csv and .png")
+          f"wrote {stem}.csv, .png and _strip.png")

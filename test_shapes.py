@@ -2712,11 +2712,18 @@ def test_story_command(stage2, cache, capsys):
     assert all(0 <= float(r["cloth_low"]) < float(r["cloth_high"]) <= 100 for r in rows)
     assert "14 s absent" in (said := capsys.readouterr().out) and f"step {rows[0]['step']}, seed 0" in said
     with pytest.MonkeyPatch.context() as m:                         # what was measured once is kept
+        drawn = []
+        m.setattr(consistency, "contact_strip", lambda rows, path, columns: drawn.extend([*rows, columns]))
         m.delattr(consistency, "continue_stories")
         run(evaluation.main, "story", stage2 / "a", "--clips", 1, "--steps", 1, "--cache", cache)
         with pytest.raises(NameError):
             run(evaluation.main, "story", stage2 / "a", "--clips", 1, "--steps", 1, "--seed", 1, "--cache", cache)
-    assert np.array(Image.open("assets/table2_story.png").convert("RGB")).std() > 5
+    (name, made), (_, truth), seconds = drawn
+    assert name == "proposed\n4x4x2" and made.shape == truth.shape == (8, 32, 32, 3) and seconds[-1] == "14 s"
+    story = consistency.make_absence_story(W.world_seed("held-out", 0), 7)
+    assert np.array_equal(truth[-1].numpy(), W.render(story, None, 4, 32, 32)[0][10 * 4 + 2]) and made.float().std() > 5
+    for name in "table2_story.png", "table2_story_strip.png":
+        assert np.array(Image.open(f"assets/{name}").convert("RGB")).std() > 5
     Path("alone").mkdir()
     shutil.copy(stage2 / "a" / "model.safetensors", "alone")                    # no curve is drawn: weights are enough
     run(evaluation.main, "story", "alone", "--clips", 1, "--steps", 1, "--cache", cache)
