@@ -317,12 +317,13 @@ def costs(model, tools, size):
 def differences(rows, everything):
     """Lines of Markdown: paired differences between neighbours of the table, then between what the paper puts in order.
     rows: without the codec, best first; everything: the rows of all seeds."""
-    theirs, order = {row: figures[0] for row, figures in PAPER.items()}, expected_pairs(rows, EXPECTED)
-    return [line for title, pairs, metric, paper in (
+    theirs = {"paper's difference": {row: figures[0] for row, figures in PAPER.items()}}
+    order = expected_pairs(rows, EXPECTED)
+    return [line for title, pairs, metric, papers in (
                 ("Neighbours in the table: difference in PSNR", list(zip(rows, rows[1:])), "psnr", theirs),
                 ("The paper's order: difference in PSNR", order, "psnr", theirs),
                 ("The paper's order: difference in PSNR of one step from noise", order, "psnr_one_step", {}))
-            for line in compare(f"{title} on the same clips, dB", pairs, [metric], paper, everything)]
+            for line in compare(f"{title} on the same clips, dB", pairs, [metric], papers, everything)]
 
 
 def record(row):

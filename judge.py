@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from http.client import HTTPException
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 from PIL import Image
@@ -83,7 +84,12 @@ def check(config):
     if not config.videos or not config.model:
         raise UserError(f"{'--model' if config.videos else '--videos'} is missing: "
                         "judge needs --videos A B ... --endpoint URL --model NAME")
-    if not re.fullmatch(r"https?://[^\s@?#]+", config.endpoint, re.ASCII) or not config.endpoint.isascii():
+    try:
+        host = urlsplit(config.endpoint).hostname or ""
+        host.encode("idna")
+    except ValueError:                                          # brackets without an IPv6 address, an empty label, ...
+        host = ""
+    if not host or not config.endpoint.isascii() or not re.fullmatch(r"https?://[^\s@?#]+", config.endpoint):
         raise UserError("--endpoint must be the address of a server without user names or queries, "
                         "for example http://localhost:8000/v1; a key goes into an environment variable, see --key_env")
     if config.frames < 1 or config.retries < 0 or not all(
@@ -128,13 +134,16 @@ def show(path, config):
 
 def parse_answer(text):
     """A model's words -> yes, no, refusal or unparsable. Only a leading yes or no counts that ends there or is followed
-    by punctuation, and not by another yes or no; a reasoning model's <think> ... </think> is skipped."""
+    by punctuation, and by nothing that could take it back; a reasoning model's <think> ... </think> is skipped."""
     text = re.sub(r"^\s*<think>.*?</think>", "", text, flags=re.DOTALL)
-    found = re.match(r"[\s*_\"'`(]*(yes|no)\b[*_\"'`)]*(\s*($|[.,;:!\n])|\s+[-–—]\s)", text, re.IGNORECASE)
-    if found and not re.match(r"\W*((and|or|but)\W+)?(yes|no)\b", text[found.end():], re.IGNORECASE):
-        return found[1].lower()
-    sorry = r"\W*(I.?m |I am )?(sorry|unable|not able)\b|\W*I (can.?t|cannot|won.?t)\b"
-    return "refusal" if re.match(sorry, text, re.IGNORECASE) else "unparsable"
+    found = re.match(r"[\s*_\"'`(]*(yes|no)\b[*_\"'`)]*(\s*($|\n|[.,;:!][*_\"'`)]*(\s|$))|\s+[-–—]\s)", text,
+                     re.IGNORECASE)
+    answer, rest = (found[1].lower(), text[found.end():]) if found else ("", text)
+    sorry = r"\b(sorry|unable|not able|I (can.?t|cannot|won.?t))\b"
+    if re.search(sorry, rest, re.IGNORECASE):
+        return "refusal"
+    doubt = r"\b(yes|no)\b" + r"|\b(not|never)\b|n['’]t\b" * (answer == "yes")
+    return "unparsable" if not answer or re.search(doubt, rest, re.IGNORECASE) else answer
 
 
 def read_reply(reply):

@@ -327,10 +327,10 @@ def expected_pairs(rows, chains):
     return [(found[a], found[b]) for chain in chains for a, b in combinations(chain, 2) if {a, b} <= set(found)]
 
 
-def compare(title, pairs, metrics, paper, everything):
+def compare(title, pairs, metrics, papers, everything):
     """Lines of Markdown: paired differences of rows in the mean of these metrics, if there are any pairs, and the same
-    of the other training seeds that both rows have. paper: {(method, rate): the paper's figure}; everything: the rows
-    of all seeds."""
+    of the other training seeds that both rows have. papers: {head of a column: {(method, rate): the paper's figure}};
+    everything: the rows of all seeds."""
     if not pairs:
         return []
     lines = ["", f"{title}, with its 95 % interval (bootstrap over clips, 10,000 resamples); decided if p < 0.05 "
@@ -341,17 +341,16 @@ def compare(title, pairs, metrics, paper, everything):
         mean, low, high = bootstrap(sum(a.each(m) - b.each(m) for m in metrics) / len(metrics))
         decisions = [a.values[m] - b.values[m] for m in metrics]    # what does not count is no difference
         p = flip_test(sum(x.nansum(1) / (~x.isnan()).sum().clamp(min=1) for x in decisions))
-        theirs = [paper.get((row.method, row.rate), math.nan) for row in (a, b)]
-        gap = "–" if math.isnan(sum(theirs)) else f"{theirs[0] - theirs[1]:+.2f}"
+        theirs = [[paper.get((row.method, row.rate), math.nan) for row in (a, b)] for paper in papers.values()]
+        gaps = ["–" if math.isnan(x - y) else f"{x - y:+.2f}" for x, y in theirs]
         holds = "undecided" if p >= 0.05 else "yes" if mean > 0 else "no"
         of_seeds = [{row.trained["seed"]: sum(row.each(m).mean().item() for m in metrics) / len(metrics)
                      for row in everything if row.name == name} for name in (a.name, b.name)]
         both = sorted(of_seeds[0].keys() & of_seeds[1].keys())
         seeds = ", ".join(f"{of_seeds[0][s] - of_seeds[1][s]:+.2f}" for s in both) if len(both) > 1 else "–"
         cells.append([f"{a.name} above {b.name}", f"{mean:+.2f}", f"{low:+.2f} to {high:+.2f}", f"{p:.2g}", holds,
-                      seeds, gap])
-    return lines + markdown(["A above B", "difference", "interval", "p", "holds", "seed by seed",
-                             "paper's difference"], cells)
+                      seeds, *gaps])
+    return lines + markdown(["A above B", "difference", "interval", "p", "holds", "seed by seed", *papers], cells)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -2617,10 +2617,10 @@ def test_absence_stories_differ_in_the_absence_alone():
         stories = [consistency.make_absence_story(seed, absence) for absence in range(8)]
         assert len({(s.characters, s.things, s.scenes, s.shots[-1]) for s in stories}) == 1
         for absence, story in enumerate(stories):
-            last = max(k for k, shot in enumerate(story.shots[:10]) if shot.character is not None)
-            assert len(story.shots) == 11 and last == 9 - absence
+            shown = [(k, shot.framing) for k, shot in enumerate(story.shots[:10]) if shot.character is not None]
+            assert len(story.shots) == 11 and shown == [(0, 0), (9 - absence, 0)]           # twice, in wide framing
             assert W.askable(story, 10) and story.shots[10].character == 0
-            assert all(shot.thing == 0 for shot in story.shots[last + 1:10])
+            assert all((shot.thing is None) == (shot.character is not None) for shot in story.shots)
 
 
 @torch.no_grad()
@@ -2696,7 +2696,11 @@ def test_table2(stage2, cache, capsys):
     assert [(r["method"], r["seed"], r["seeds"]) for r in seeds if r["method"] == "proposed"] == [
         ("proposed", "0", "2"), ("proposed", "1", "2")]
     text = Path("assets/table2.md").read_text()
-    assert text in said and "proposed 4x4x2 above frozen 4x4x2" in text and "dots: 1, too few" in said
+    assert text in said and "dots: 1, too few" in said
+    mean, *each = [line for line in text.splitlines() if line.startswith("| proposed 4x4x2 above frozen 4x4x2")][-5:]
+    assert mean.endswith("| – | +15.84 |") and each[0].endswith("| – | +19.01 |")                # the paper's
+    assert "| proposed | 4x4x2 | 96.12 | 70.73 | 89.89 | 77.4 | 80.19 | 74.38 | 72.21 |" in text
+    assert "| frozen | 4x4x2 |  |  |  | 58.39 |" in text
     assert "100.0 (scene)" in text
     for name in "table2.png", "table2_sections.png", "table2_curves.png", "table2_claim.png":
         assert np.array(Image.open(f"assets/{name}").convert("RGB")).std() > 5
@@ -3014,10 +3018,13 @@ def test_judge_counts_and_goes_on(server, capsys, monkeypatch):
 def test_judge_takes_only_clear_answers():
     for kind, texts in {"yes": ("yes", "Yes.", " **Yes**\nBoth are red.", "YES, it is", '"Yes"', "yes - the same",
                                 "<think>No.\nWait.</think>\n\nYes"),
-                        "no": ("no", "No!", "*no*: it differs", "No\n"),
-                        "refusal": ("I'm sorry, I can't say.", "I cannot judge people.", "Sorry, no."),
+                        "no": ("no", "No!", "*no*: it differs", "No\n", "No. The coat is not the same."),
+                        "refusal": ("I'm sorry, I can't say.", "I cannot judge people.", "Sorry, no.",
+                                    "No, I cannot assist with that request.", "No, I'm unable to determine this."),
                         "unparsable": ("", "maybe", "Yes and no.", "yes/no", "No idea", "Not at all", "Yes, no",
-                                       "Yes or no?", "Yes.\nNo.", "Answer: yes", "None", "<think>yes")}.items():
+                                       "Yes or no?", "Yes.\nNo.", "Answer: yes", "None", "<think>yes",
+                                       "Yes.\n\nActually, no.", "Yes.\nFinal answer: No", "No.1 matches",
+                                       "Yes, it does not stay the same", "Yes, though it isn't red")}.items():
         for text in texts:
             assert judge.parse_answer(text) == kind, text
     reply = lambda **choice: judge.read_reply(json.dumps({"choices": [choice]}).encode())
@@ -3041,7 +3048,8 @@ def test_judge_refuses(server, refused, monkeypatch):
     assert Path("notes.txt").read_text() == "one line"
     for flag, value in ("--frames", 0), ("--retries", -1), ("--timeout", 0), ("--history_seconds", "nan"):
         assert flag in refused(evaluation.main, *flags, flag, value)
-    for address in "", "localhost:8000", "file:///etc/passwd", "http://me:pass@host/v1", "http://host/v1?key=1":
+    for address in ("", "localhost:8000", "file:///etc/passwd", "http://me:pass@host/v1", "http://host/v1?key=1",
+                    "http://.x/v1", "http://a..b/v1", f"http://{'a' * 64}/v1", "http://[abc/v1", "http://hö/v1"):
         assert "--endpoint" in refused(evaluation.main, *flags, f"--endpoint={address}")
     for name in "EMPTY", "sk-12345":
         assert "sk-12345" not in refused(evaluation.main, *flags, "--key_env", name)
