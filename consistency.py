@@ -201,8 +201,10 @@ def describe(rows, everything, config, ceiling):
              "true rendering among 16 (chance 6.25), ± 95 % interval over stories. Sections that count: "
              + ", ".join(f"{count} for {name}" for name, count in shown.items()) + ", where it is shown and was shown "
              "whole in the history that is still remembered. Hard: the 15 others have the same palette. Obeys: nearest "
-             "to the place asked for among the three of the story (chance 33.3). Position error: of the best match of "
-             "the whole character. PSNR: against the one right continuation. The truth after the codec scores "
+             "to the place asked for among the three of the story (chance 33.3; the caption tells it, memory is not needed). "
+             "Position error: of the best match of the whole character. PSNR: against the one right continuation. (Both "
+             "say how well it is drawn, more than what is remembered: a blurred mean of all worlds with the right "
+             "caption has a good PSNR, and scores at chance.) The truth after the codec scores "
              + ", ".join(f"{ceiling[name].nanmean():.1f} ({name})" for name in MAIN)
              + f", PSNR {ceiling['psnr'].nanmean():.2f} dB.", "", *table(rows), "",
              "`keyframes` stands in for WanI2V + QwenEdit (2p), which needs two other models.", *papers_table(rows)]
@@ -245,11 +247,21 @@ def rank_correlation(x, y, orders=10_000):
     return rho, np.mean([(a * rng.permutation(b)).mean() >= rho - 1e-9 for _ in range(orders)])
 
 
-def draw_claim(path, rows, table1):
+def read_table1(path):
+    """{(method, rate): PSNR} of a table1.csv, empty if there is none. Raises UserError if it is something else."""
+    if not path.is_file():
+        return {}
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            return {(c["method"], c["rate"]): float(c["psnr"]) for c in csv.DictReader(file)}
+    except (KeyError, TypeError, ValueError, csv.Error):
+        raise UserError(f"{path} is not what eval.py table1 writes (method, rate, psnr, ...): make it again, or move it "
+                        "away") from None
+
+
+def draw_claim(path, rows, found):
     """The paper's central claim: what retrieves frames better writes more consistent sections. A dot a method that both
-    tables hold. table1: its CSV. Returns what was found, a line, or None if there is no dot."""
-    with open(table1, newline="", encoding="utf-8") as file:
-        found = {(c["method"], c["rate"]): float(c["psnr"]) for c in csv.DictReader(file)}
+    tables hold. found: of read_table1(). Returns what was found, a line, or None if there is no dot."""
     dots = [(found[row.method, row.rate], row.each("consistency").mean().item(), row.name) for row in rows
             if (row.method, row.rate) in found]
     if not dots:
@@ -285,7 +297,7 @@ def draw_pictures(stem, rows, clips, first, section, fps):
 def table2(argv):
     """RUN...: continue the same stories with finished runs of finetune.py; scores, paired differences, pictures."""
     folders, config = parse_runs(Table2Config, table2, argv)
-    runs = read_runs(folders, "table2", "finetune", "table2")
+    runs, retrieved = read_runs(folders, "table2", "finetune", "table2"), read_table1(Path(config.out) / "table1.csv")
     preset, first = world_preset(runs, config.sections)
     codec = make_codec(preset)
     clips = world_clips("held-out", config.clips, preset, codec, config.cache, keep_pixels=True)
@@ -302,8 +314,7 @@ def table2(argv):
     draw_sections(f"{stem}_sections.png", rows)
     draw_pictures(stem, rows, clips.clips[:SHOWN], first, preset.section, preset.fps)
     print(f"wrote {stem}.md, .csv, .png, .mp4, _seeds.csv, _curves.png and _sections.png")
-    table1 = Path(config.out) / "table1.csv"
-    if table1.is_file() and (found := draw_claim(f"{stem}_claim.png", rows, table1)):
+    if found := draw_claim(f"{stem}_claim.png", rows, retrieved):
         print(f"wrote {stem}_claim.png: {found}")
 
 

@@ -2522,6 +2522,7 @@ def known_scores():
         ("codec", codec.decode(codec.encode(flat))), ("shifted", shifted), ("blurred", blurred))}}
     for share in 0.3, 0.5, 0.7:
         shown[f"faded {share}"] = (share * truth + (1 - share) * others[0].float()).round().to(torch.uint8)
+    shown |= {"grey": torch.full_like(truth, 128), "mean": torch.stack(others).float().mean(0).round().to(torch.uint8)}
     found = scores.score(torch.stack([*shown.values(), *others]), stories, 10)
     means = {name: {k: x[r].nanmean().item() for k, x in found.items()} for r, name in enumerate(shown)}
     return means | {"others": {k: x[len(shown):].nanmean().item() for k, x in found.items()}}
@@ -2539,6 +2540,9 @@ def test_scores_of_another_world_are_chance(known_scores):
     """About 140 decisions a score, which are not independent. The prompt is obeyed: its words fix the kind of place."""
     found = known_scores["others"]
     assert all(1 < found[name] < 14 for name in scores.SCORES if name != "obeys") and found["obeys"] > 50
+    for name in "grey", "mean":                 # what is nothing, or a bit of everything, is nearest to no truth
+        assert np.mean([known_scores[name][score] for score in scores.MAIN]) < 20, name       # 40 decisions
+    assert known_scores["mean"]["psnr"] > found["psnr"] + 1         # but PSNR likes it: it does not measure memory
 
 
 def test_scores_lie_between_for_what_is_half_right(known_scores):
@@ -2742,6 +2746,10 @@ def test_table2_refuses_runs_that_are_not_alike(refused, stage1, stage2):
     write_checkpoint("other/model.safetensors", claims={"steps": 7})
     assert "trained alike" in table(stage2 / "a", "other")
     assert "seed 0" in table("other", "other/../other")
+    Path("assets").mkdir()
+    for content in (b"a,b\n1,2\n", b"method,rate,psnr\nproposed\n", b"\xff\xfe", b"method,rate,psnr\nnone,,high\n"):
+        Path("assets/table1.csv").write_bytes(content)              # said before anything is measured
+        assert "table1.csv is not what" in table(stage2 / "a", "--clips", 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
