@@ -150,6 +150,7 @@ class Row:
     trained: dict = None          # its config
     curve: list = None            # [[step, PSNR]] of its log
     machine: str = ""             # what it was measured on
+    code: str = ""                # a hash of what measured it
 
     @property
     def name(self):
@@ -207,7 +208,7 @@ def recall(folder, trained, name, asked):
         values = load_file(file)
         pictures = unpack(values.pop("pictures"), *known["pictures"])
         return Row(*label(trained), values, pictures, known["costs"], str(folder), trained, known["curve"],
-                   known["machine"]), key
+                   known["machine"], known.get("code", "")), key
     if not weights.exists():
         kept = known["asked"]
         other = [f"{k} {kept.get(k)!s:.20}, not {v!s:.20}" for k, v in asked.items() if kept.get(k) != v]
@@ -240,7 +241,7 @@ def measure_runs(runs, name, asked, machine, measure):
             log = read_log(Path(folder) / "log.jsonl")
             curve = [[step, entry["psnr"]] for step, entry in log.items() if "psnr" in entry]
             values, pictures, costs = measure(folder)
-            row = Row(*label(runs[folder]), values, pictures, costs, folder, runs[folder], curve, machine)
+            row = Row(*label(runs[folder]), values, pictures, costs, folder, runs[folder], curve, machine, key["code"])
             metadata = {"config": json.dumps(row.trained),
                         "measured": json.dumps(key | {"costs": costs, "curve": curve, "machine": machine,
                                                       "pictures": pictures.shape[:2]})}
@@ -364,10 +365,12 @@ def markdown(heads, rows):
 
 def describe_runs(everything, metric, title, unit):
     """Lines of Markdown: where each row comes from, and the spread over seeds."""
-    heads = ["row", "run", "step", "seed", "learning rate", title, "measured on"]
+    heads = ["row", "run", "φ of", "step", "seed", "learning rate", title, "measured on", "by code"]
+    share = lambda trained: f", φ {trained['lr'] * x:g}" if (x := trained.get("encoder_lr", 1)) != 1 else ""
     lines = ["", *markdown(heads, [
-        [row.name, row.folder, str(row.trained["step"]), str(row.trained["seed"]), f"{row.trained['lr']:g}",
-         f"{interval(row.each(metric))[0]:.2f}", row.machine] for row in everything])]
+        [row.name, row.folder, row.trained.get("encoder", "–"), str(row.trained["step"]), str(row.trained["seed"]),
+         f"{row.trained['lr']:g}{share(row.trained)}", f"{interval(row.each(metric))[0]:.2f}", row.machine,
+         row.code[:7]] for row in everything])]
     spreads = [f"{name} {statistics.stdev(x):.2f} ({len(x)} seeds)" for name, x in by_seed(everything, metric).items()
                if len(x) > 1]
     return [*lines, "", f"Standard deviation of {title} over training seeds, {unit}: "
