@@ -10,9 +10,10 @@ import sys
 import traceback
 from dataclasses import fields, is_dataclass
 
+import torch
 from tqdm import tqdm
 
-from model import UserError
+from model import UserError, first_line
 
 
 def field_help(cls):
@@ -85,6 +86,10 @@ def run_main(main):
     except (UserError, OSError) as e:   # of the latter a full disk, a folder that is gone
         print(f"error: {e}", file=sys.stderr)
         code = 2 if isinstance(e, UserError) else 1
+    except torch.OutOfMemoryError as e:
+        print(f"error: {first_line(e)} Train with a smaller --micro_batch, sample with fewer --memory_seconds, or close "
+              "what else runs there", file=sys.stderr)
+        code = 1
     except KeyboardInterrupt:
         code = 130
     except SystemExit as e:

@@ -11,6 +11,7 @@ import math
 import re
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,14 +20,14 @@ from tqdm import tqdm
 
 import world
 from codec import make_codec, make_prompts, to_frames, to_pixels
-from data import read_clip
+from data import read_clip, warn_past_end
 from devices import autocast, pick_device
 from encoder import Memory, MemoryDiT, load_model
 from flags import parse_flags, run_main, warn
 from model import PRESETS, UserError, add_lora, euler, get_preset, merge_lora
 from storyboard import parse_storyboard, prompt_at, storyboard_beside
 from video import VideoWriter, contact_strip
-from weights import frozen_dtype, read_metadata
+from weights import frozen_dtype, read_metadata, weight_files
 
 
 @dataclass
@@ -49,10 +50,13 @@ class SampleConfig:
     preset: str = "nano"          # of --init random, which needs no checkpoint: to measure speed and memory
 
 
-def storyboard_of(config, clip_seconds):
-    """[(seconds, prompt)], 0 s being the end of the clip."""
+def storyboard_of(config, clip_seconds, seconds):
+    """[(seconds, prompt)], 0 s being the end of the clip; `seconds` are written after it."""
     if config.prompt is not None:
-        return parse_storyboard(config.prompt)
+        storyboard = parse_storyboard(config.prompt)
+        if storyboard and storyboard[-1][0] >= seconds:
+            warn_past_end("--prompt", storyboard[-1][0], seconds)
+        return storyboard
     beside = storyboard_beside(config.history) or []
     if len(beside) > 1 and beside[-1][0] < clip_seconds:
         warn(f"the storyboard beside {config.history} ends before the clip does: its last prompt is used for all that "
@@ -127,6 +131,16 @@ def read_history(config, preset, codec, most):
     return history, history[-codec.frames(n):]
 
 
+@contextmanager
+def set_aside(model, codec, device):
+    """Let the model wait in host memory while Wan's VAE works: side by side they would not fit 12 GB."""
+    if device.type == "cuda" and codec.causal:
+        model.to("cpu")
+        torch.cuda.empty_cache()
+    yield
+    model.to(device)
+
+
 def peak_memory(device):
     """Peak memory of this process so far, GiB: of the GPU if there is one, else of the host."""
     if device.type == "cuda":
@@ -164,6 +178,8 @@ def check(config):
                         "expected steps of at least 1, guidance of at least 0, shift above 0")
     if not 0 <= config.memory_seconds < math.inf:
         raise UserError(f"--memory_seconds {config.memory_seconds}: give seconds of history to keep, or 0 for all")
+    if config.init and not random:
+        weight_files(config.init)                                   # not there? Say so before the VAE's work
     idle = {"prompt": random, "t5": random, "merge": not trained.get("lora")}
     for key, nothing in idle.items():
         if nothing and getattr(config, key):
@@ -189,7 +205,8 @@ def main():
         raise UserError(f"--save_file {save_file} is the history itself: give another name")
     size, length = history.shape[1:3], preset.section * codec.stride[0]         # frames a section
     writer = VideoWriter(save_file, preset.fps, *size)
-    storyboard = [] if config.init == "random" else storyboard_of(config, len(history) / preset.fps)
+    storyboard = [] if config.init == "random" else storyboard_of(
+        config, len(history) / preset.fps, sections * section_seconds)
     if trained.get("data") == "world":
         check_words(storyboard)
     prompts = make_prompts(preset, config.t5, device if device.type == "cuda" else "cpu")
@@ -220,7 +237,8 @@ def main():
         writer.write(history)
         for latents, seconds in tqdm(continue_video(model, codec, texts, memory, config, size), total=sections,
                                      desc="sections"):
-            frames = to_frames(decode(latents))[0].cpu()                        # (F, H, W, 3)
+            with set_aside(model, codec, device):
+                frames = to_frames(decode(latents))[0].cpu()                    # (F, H, W, 3)
             writer.write(frames)
             # every so many frames, counted on across sections: this one begins at frame len(times) * length
             made.append(frames[-len(times) * length % every::every].clone())

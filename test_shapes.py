@@ -406,9 +406,16 @@ def test_weights_in_shards(tmp_path):
     dit = tiny_dit()
     load_weights(dit, weight_files(folder))
     assert all(torch.equal(v, state[k]) for k, v in dit.state_dict().items())
+    pipeline = tmp_path / "pipeline"                                # a whole one of diffusers: its DiT is meant
+    shutil.copytree(folder, pipeline / "transformer")
+    assert [file.parent.name for file in weight_files(pipeline)] == ["transformer"] * 2
     (folder / "part-2.safetensors").unlink()
     with pytest.raises(UserError, match="part-2.safetensors"):
         weight_files(folder)
+    for names in [], {}, {"a": 1}:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+        with pytest.raises(UserError, match="index.json names no files"):
+            weight_files(folder)
     with pytest.raises(UserError, match="nowhere"):
         weight_files(tmp_path / "nowhere")
 
@@ -1591,6 +1598,19 @@ def test_wan_models_are_read_whole_or_not_at_all(tmp_path, vae, t5):
             open_it(path)
 
 
+def test_wan_models_of_another_kind_are_refused(tmp_path, vae, t5):
+    config = json.loads((vae / "config.json").read_text())
+    for change, says in ((dict(z_dim=48, latents_mean=[0.0] * 48, latents_std=[1.0] * 48), "48 channels"),
+                         (dict(temperal_downsample=[False, False, True]), "another VAE"),
+                         (dict(patch_size=2), "16 pixels"), (dict(latents_mean=[0.0] * 16), "another VAE")):
+        made = type(wan.WanCodec(vae).vae).from_config(config | change)
+        made.save_pretrained(tmp_path / says)
+        with pytest.raises(UserError, match=says):
+            wan.WanCodec(tmp_path / says)
+    with pytest.raises(UserError, match="makes vectors of 16 numbers, but the DiT reads 32"):
+        wan.UMT5Prompts(t5, 32)
+
+
 def test_wan_codec_shows_frames_in_their_place(vae):
     codec = wan.WanCodec(vae)
     latents, other = (codec.encode(randn(2, 3, 21, 16, 16, seed=i).clamp(-1, 1)) for i in (0, 1))
@@ -2039,12 +2059,15 @@ def test_sample_writes_history_then_what_follows(capsys):
 
 def test_sample_takes_the_storyboard_beside_the_clip(capsys):
     config = sample.SampleConfig(history="clip.mp4")
-    assert sample.storyboard_of(config, 10) == []
+    assert sample.storyboard_of(config, 10, 6) == []
     Path("clip.txt").write_text("0s: a cat\n10s: a dog\n13s: a cow")
-    assert sample.storyboard_of(config, 10) == [(-10, "a cat"), (0, "a dog"), (3, "a cow")]
-    assert sample.storyboard_of(dataclasses.replace(config, prompt="a bee"), 10) == [(0, "a bee")]
+    assert sample.storyboard_of(config, 10, 6) == [(-10, "a cat"), (0, "a dog"), (3, "a cow")]
+    two = dataclasses.replace(config, prompt="0s: a bee / 5s: a bear")
+    assert sample.storyboard_of(two, 10, 6) == [(0, "a bee"), (5, "a bear")]
     assert not capsys.readouterr().err
-    sample.storyboard_of(config, 14)
+    sample.storyboard_of(two, 10, 4)
+    assert "--prompt: its storyboard goes on to 5 s, but the video ends at 4 s" in capsys.readouterr().err
+    sample.storyboard_of(config, 14, 6)
     assert "ends before the clip does" in capsys.readouterr().err
 
 
@@ -3230,6 +3253,30 @@ def test_sample_refuses_bad_checkpoints(refused):
             (".", "is a folder")):
         assert says in refused(sample.main, "--checkpoint", path, "--history", "good.mp4")
     assert not Path("exploded").exists()
+
+
+def test_what_does_not_fit_the_memory_is_one_line(capsys, monkeypatch):
+    def euler(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nA second line")
+    write_video("good.mp4")
+    monkeypatch.setattr(sample, "euler", euler)
+    with pytest.raises(SystemExit) as stop:
+        run(sample.main, "--history", "good.mp4", "--checkpoint", write_checkpoint(), "--save_file", "made/a.mp4")
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and "error: CUDA out of memory. Tried to allocate 9 GiB. Train with" in said
+    assert "Traceback" not in said and not [p for p in Path("made").rglob("*") if p.is_file()]
+
+
+def test_the_model_waits_elsewhere_while_wans_vae_decodes(monkeypatch):
+    """A GPU, played by names: what is moved where, and when."""
+    moved, gpu, cpu = [], SimpleNamespace(type="cuda"), SimpleNamespace(type="cpu")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: moved.append("room"))
+    for codec, device in (SimpleNamespace(causal=True), gpu), (SimpleNamespace(causal=False), gpu), (
+            SimpleNamespace(causal=True), cpu):
+        dit = SimpleNamespace(to=lambda where: moved.append(getattr(where, "type", where)))
+        with sample.set_aside(dit, codec, device):
+            moved.append("decode")
+    assert moved == ["cpu", "room", "decode", "cuda", "decode", "cuda", "decode", "cpu"]
 
 
 def test_sample_writes_nothing_that_is_not_finite(capsys):

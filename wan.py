@@ -70,6 +70,12 @@ class WanCodec:
             else:
                 self.folder = subfolder(folder, "vae", "--vae")
                 self.vae = from_pretrained(AutoencoderKLWan, self.folder, f"--vae {folder}", torch.float32)
+                c = self.vae.config                                 # Wan 2.2's small models have another
+                space = 2 ** (len(c.dim_mult) - 1) * (c.patch_size or 1)
+                if (c.z_dim, 2 ** sum(c.temperal_downsample), space) != (self.channels, *self.stride[:2]) or (
+                        not torch.allclose(torch.tensor([c.latents_mean, c.latents_std]), torch.tensor([MEAN, STD]))):
+                    raise UserError(f"--vae {folder} is another VAE ({c.z_dim} channels, {space} pixels a latent) than "
+                                    "Wan 2.1's, whose latents the DiT knows: give that one")
             self.vae.eval().requires_grad_(False).to(device)
 
     @property
@@ -175,6 +181,9 @@ class UMT5Prompts:
             raise UserError(f"--t5 {folder}: its tokenizer cannot be read ({first_line(e)}): download it "
                             "again") from None
         self.model = from_pretrained(UMT5EncoderModel, self.folder, f"--t5 {folder}", torch.bfloat16).eval()
+        if self.model.config.d_model != dim:
+            raise UserError(f"--t5 {folder} makes vectors of {self.model.config.d_model} numbers, but the DiT reads "
+                            f"{dim}: give umT5-xxl, the text_encoder of Wan 2.1")
 
     @property
     def settings(self):

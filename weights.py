@@ -49,8 +49,10 @@ def weight_files(path):
     if not path.is_dir():
         raise UserError(f"no weights at {path}: give a .safetensors file or a folder that holds one")
     for index in sorted(path.glob("*.safetensors.index.json")):
-        files = sorted({path / f for f in parse_json(
-            index.read_bytes(), index, "download it again", "weight_map")["weight_map"].values()})
+        names = parse_json(index.read_bytes(), index, "download it again", "weight_map")["weight_map"]
+        if not isinstance(names, dict) or not names or not all(isinstance(f, str) for f in names.values()):
+            raise UserError(f"{index} names no files: download it again")
+        files = sorted({path / f for f in names.values()})
         missing = [f.name for f in files if not f.is_file()]
         if missing:
             raise UserError(f"{index} lists {', '.join(missing)}, not found in {path}: download the missing file")
@@ -58,6 +60,8 @@ def weight_files(path):
     if (path / "model.safetensors").is_file():                       # a run; its LoRA and measurements may lie beside
         return [path / "model.safetensors"]
     files = sorted(path.glob("*.safetensors"))
+    if not files and (path / "transformer").is_dir():                # a whole pipeline of diffusers
+        return weight_files(path / "transformer")
     if len(files) != 1:
         raise UserError(f"{path} holds {len(files)} .safetensors files and no index: name the one to load")
     return files
