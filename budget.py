@@ -20,9 +20,12 @@ from wan import WanCodec
 
 STRIDES = {"dct": DCTCodec.stride, "wan": WanCodec.stride}  # pixels a latent: frames, rows, columns
 RATES = ("4x4x2", "2x2x2", "2x2x4", "2x2x1")                # the paper's
-# GiB, the only figures that are estimated, not counted: a CUDA context with its libraries and fragmentation, NCCL's
-# buffers, and the Wan VAE with its activations while it decodes 480p
-CONTEXT, NCCL, VAE = 1.0, 1.0, 4.0
+# GiB, the only figures that are estimated, not counted: a CUDA context with its libraries and fragmentation, and NCCL's
+# buffers
+CONTEXT, NCCL = 1.0, 1.0
+# Wan's VAE, float32, traced by a test. Bytes of its weights; and bytes for each pixel of a frame: what its decoder
+# carries from one latent to the next, and the most that decoding needs, that included
+VAE_WEIGHTS, VAE_CARRIES, VAE_DECODES = 507_570_124, 9_545, 19_940
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Counting
@@ -125,12 +128,17 @@ def training_memory(c, frozen, trained, tokens, gpus, encoder_bytes):
     return fixed, sample
 
 
-def sampling_memory(c, frozen, trained, tokens, vae):
-    """{what: bytes} at batch 1, a LoRA not merged. Largest inside a block is attention (x and its norm in float32; q,
-    k, v in bf16; one rotated in float32: 26 D) or the feed-forward (x, its norm; before and after GELU in bf16)."""
-    return {**base_bytes(c, frozen), **trained_bytes(trained),
-            "inside one block": tokens * max(26 * c.dim, 8 * c.dim + 4 * c.ffn_dim),
-            "CUDA context (estimate)": CONTEXT * 2**30, "VAE, decoding (estimate)": VAE * 2**30 * vae}
+def sampling_memory(c, frozen, trained, tokens, pixels):
+    """({what: bytes}, the same of decoding) at batch 1, a LoRA not merged. pixels: of a frame that Wan's VAE decodes, or
+    0. Largest inside a block is attention (x and its norm in float32; q, k, v in bf16; one rotated in float32: 26 D) or
+    the feed-forward (x, its norm; before and after GELU in bf16)."""
+    context = {"CUDA context (estimate)": CONTEXT * 2**30}
+    denoising = {**base_bytes(c, frozen), **trained_bytes(trained),
+                 "inside one block": tokens * max(26 * c.dim, 8 * c.dim + 4 * c.ffn_dim), **context}
+    if not pixels:                                                  # cosines: nothing to speak of
+        return denoising, {}
+    vae = lambda bytes_a_pixel: {"VAE": VAE_WEIGHTS, "what it carries on, or decodes with": bytes_a_pixel * pixels}
+    return denoising | vae(VAE_CARRIES), vae(VAE_DECODES) | context     # the DiT waits in host memory meanwhile
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,9 +251,9 @@ def budget(argv):
     most = max(memory_tokens(preset, preset.sizes[0], config.rate, preset.history - k)
                for k in range(1 if wan else preset.section))
     print_memory(config, preset, model.encoder, frozen, trained, [N[0] + M, N[1] + most])
-    needs = sampling_memory(preset.dit, frozen, trained, N[1] + most, wan)
-    total = sum(needs.values())
+    phases = sampling_memory(preset.dit, frozen, trained, N[1] + most, math.prod(preset.sizes[0]) if wan else 0)
+    totals = [sum(needs.values()) for needs in phases if needs]
     table("sampling memory, GiB: batch 1, prompts encoded before", [
-        *([k, *gib([v])] for k, v in needs.items() if v), ["= in all", *gib([total])],
-        ["= before decoding", *gib([total - needs["VAE, decoding (estimate)"]])],
-        ["fits 12 GiB", "yes" if total <= 12 * 2**30 else "no"]])
+        ["", "denoising", "decoding"][:1 + len(totals)],
+        *([k, *gib(needs.get(k, 0) for needs in phases if needs)] for k, n in phases[0].items() if n),
+        ["= in all", *gib(totals)], ["fits 12 GiB", *("yes" if n <= 12 * 2**30 else "no" for n in totals)]])

@@ -201,7 +201,7 @@ def describe(rows, everything, config, ceiling):
              "true rendering among 16 (chance 6.25), ± 95 % interval over stories. Sections that count: "
              + ", ".join(f"{count} for {name}" for name, count in shown.items()) + ", where it is shown and was shown "
              "whole in the history that is still remembered. Hard: the 15 others have the same palette. Obeys: nearest "
-             "to the place asked for among the three of the story (chance 33.3; the caption tells it, memory is not needed). "
+             "to the place asked for among the three of the story (chance 33.3; the caption tells it, without memory). "
              "Position error: of the best match of the whole character. PSNR: against the one right continuation. (Both "
              "say how well it is drawn, more than what is remembered: a blurred mean of all worlds with the right "
              "caption has a good PSNR, and scores at chance.) The truth after the codec scores "

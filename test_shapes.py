@@ -26,6 +26,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +39,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -2865,13 +2868,48 @@ def test_budget_knows_what_a_block_keeps(lora, monkeypatch):
 
 @pytest.mark.parametrize("preset, says", [
     ("nano", ["7,807,520", "2,560", "256 + 320"]), ("small", ["63,545,856", "224x128", "71,680"]),
-    ("wan-1.3b", ["1,418,996,800", "4,264", "126,360", "5,460", "yes"]),
+    ("wan-1.3b", ["1,418,996,800", "4,264", "126,360", "5,460", "yes       yes"]),
     ("wan-14b", ["14,288,491,584", "6,240 + 4,264", "12,480 + 4,264", "6,344", "1.39 PFLOP"])])
 def test_budget_command(preset, says, capsys):
     run(evaluation.main, "budget", "--preset", preset)
     said = capsys.readouterr().out
     assert "predictions" in said and all(s in said for s in says), said
     assert max(map(len, said.splitlines())) <= 120
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors made under it that live now, and their most."""
+    now = most = 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and not hasattr(storage := x.untyped_storage(), "counted"):
+                storage.counted, n = True, storage.nbytes()
+                self.now += n
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.free, n)
+        return out
+
+    def free(self, n):
+        self.now -= n
+
+
+def test_budget_knows_wans_vae():
+    """Against all that lives while the real architecture decodes, without a number computed."""
+    diffusers = pytest.importorskip("diffusers")
+    codec, height, width = wan.WanCodec(), 480, 832
+    codec.device = "meta"
+    with torch.device("meta"):
+        codec.vae = diffusers.AutoencoderKLWan().requires_grad_(False)
+    assert sum(4 * p.numel() for p in codec.vae.parameters()) == budget.VAE_WEIGHTS
+    decode, latents = codec.decoder(), torch.empty(1, 16, 9, height // 8, width // 8, device="meta")
+    with Live() as live:
+        for section in latents.split([1, 8], dim=2):
+            pixels = decode(section)
+        del pixels, section
+    assert live.now == pytest.approx(budget.VAE_CARRIES * height * width, rel=0.01)
+    assert live.most == pytest.approx(budget.VAE_DECODES * height * width, rel=0.01)
 
 
 def test_budget_batches_fill_the_memory(capsys):
