@@ -2060,6 +2060,14 @@ def test_sample_writes_history_then_what_follows(capsys):
     assert not torch.equal(read_video("c.mp4", 2, 32, 32), made)
 
 
+def test_readmes_lines_of_python_write_a_section(monkeypatch):
+    monkeypatch.chdir(HERE)
+    made = {}
+    exec(re.search(r"```python\n(.*?)```", Path("README.md").read_text(encoding="utf-8"), re.DOTALL)[1], made)
+    assert made["frames"].shape == (4, 64, 64, 3) and made["frames"].float().std() > 5
+    assert made["memory"].frames == 44 and made["memory"].context()[0].shape == (1, 11 * 32, 256)
+
+
 def test_sample_takes_the_storyboard_beside_the_clip(capsys):
     config = sample.SampleConfig(history="clip.mp4")
     assert sample.storyboard_of(config, 10, 6) == []
