@@ -28,7 +28,7 @@ from distributed import first_before_others, leave, same_start, share, start_pro
 from encoder import FRAME_METHODS, METHODS, MemoryDiT, parse_rate
 from figures import look
 from flags import parse_flags, run_main, warn
-from model import Preset, UserError, add_lora, add_noise, get_preset, sample_t
+from model import PRESETS, Preset, UserError, add_lora, add_noise, get_preset, sample_t
 from optim import EMA, learning_rate, make_optimizers
 from saving import resume, save, start_log
 from weights import load_base, own_config, weight_files
@@ -339,7 +339,6 @@ def check(config):
                         "hold; give --init a base, or --lora 0")
     if config.window != Config.window and config.method != "sliding-window":
         raise UserError(f"--window {config.window}: it is for --method sliding-window alone, drop it")
-    return preset
 
 
 def make_model(config, preset, codec, device):
@@ -358,8 +357,9 @@ def make_model(config, preset, codec, device):
 
 
 def setup(config):
-    """All that both stages build first: processes, model with the base DiT in it, data."""
-    preset = check(config)
+    """All that both stages build first, of a config that check() has seen: processes, model with the base DiT in it,
+    data."""
+    preset = PRESETS[config.preset]
     rank, world_size, device = start_processes(config.device)
     codec, prompts = make_codec(preset, config.vae, device), make_prompts(preset)
     if config.batch < world_size:
@@ -380,6 +380,7 @@ def setup(config):
 def main():
     """Check the flags, build model and data, train."""
     config = parse_flags(PretrainConfig, __doc__)
+    check(config)
     if config.mask not in ("none", "noise"):
         raise UserError(f"--mask {config.mask}: choose none or noise")
     if config.queries < 1 or config.method == "none":

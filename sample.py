@@ -178,7 +178,7 @@ def check(config):
                         "expected steps of at least 1, guidance of at least 0, shift above 0")
     if not 0 <= config.memory_seconds < math.inf:
         raise UserError(f"--memory_seconds {config.memory_seconds}: give seconds of history to keep, or 0 for all")
-    if config.init and not random:
+    if config.init and trained.get("lora"):
         weight_files(config.init)                                   # not there? Say so before the VAE's work
     idle = {"prompt": random, "t5": random, "merge": not trained.get("lora")}
     for key, nothing in idle.items():
