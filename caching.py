@@ -37,19 +37,24 @@ class CacheConfig:
 
 
 def read_captions(path):
-    """{video: storyboard} of a JSONL file."""
+    """{video: storyboard} of a JSONL file. Raises UserError that names the line."""
     captions = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")          # a caption may hold U+2028
     except (OSError, UnicodeDecodeError):
         raise UserError(f"--captions {path} cannot be read: give a JSONL file in UTF-8") from None
     for n, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             entry = json.loads(line)
             board = entry["storyboard"] if "storyboard" in entry else [[0, entry["caption"]]]
-            captions[entry["video"] + ""] = parse_entries(board, f"{path}, line {n}")   # a name, not null or a number
+            name = entry["video"] + ""                              # not null or a number
         except (json.JSONDecodeError, KeyError, TypeError):
             raise UserError(f'{path}, line {n}: expected {{"video": "a.mp4", "caption": "a text"}}') from None
+        if name in captions:
+            raise UserError(f"{path}, line {n}: {name} stands on an earlier line too: give each video one line")
+        captions[name] = parse_entries(board, f"{path}, line {n}")
     return captions
 
 

@@ -2382,6 +2382,12 @@ def test_captions_that_belong_to_no_video(tmp_path, capsys):
     captions.write_text(line("0.mp4") + line(None))
     with pytest.raises(UserError, match="line 2: expected"):
         cached(tmp_path / "videos", "--captions", captions)
+    said = '{"video": "0.mp4", "caption": "two\u2028lines"}'
+    captions.write_text(f"\ufeff{said}\r\n\n \n" + line("1.mp4") + "\n", encoding="utf-8")
+    assert caching.read_captions(captions) == {"0.mp4": [(0, "two lines")], "1.mp4": [(0, "waves")]}
+    captions.write_text(line("0.mp4") + "\n" + line("0.mp4"))
+    with pytest.raises(UserError, match="line 3: 0.mp4 stands on an earlier line too: give each video one line"):
+        cached(tmp_path / "videos", "--captions", captions)
 
 
 def test_split_never_trains_on_what_it_holds_out():
