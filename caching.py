@@ -1,14 +1,17 @@
 """python data.py cache: a folder of videos -> shards of latents and prompt embeddings, once, to train on.
 
-A video becomes windows of a 20 s history and a section each. shard-K.safetensors holds the windows of some videos;
-shard-K.json beside it what they are, and a key of all that they depend on, so that only what has changed is made again;
-manifest.json, written last, says that the cache is whole. data.py reads it: cached_clips().
+A video becomes windows of a 20 s history and a section each. A shard holds those of some videos, in files
+shard-K-KEY-N.safetensors. KEY begins the hash of all that they depend on: a name never comes to stand for other content
+while a training reads it. shard-K.json says what the files hold; as long as its key is right they are not made again.
+manifest.json, written last, says what a whole cache holds. data.py reads it: cached_clips().
 """
 import functools
 import hashlib
 import json
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 
 import torch.distributed as dist
@@ -16,12 +19,14 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from codec import make_codec, make_prompts, to_pixels
-from data import name_digest, nearest_size, read_index, report_skipped, too_many, warn_past_end, window_settings
-from distributed import leave, start_processes
+from data import check_skipped, is_whole, name_digest, nearest_size, read_index, warn_past_end, window_settings
+from distributed import leave, shared_count, start_processes
 from flags import parse_flags, warn
 from model import UserError, get_preset
 from storyboard import parse_entries, prompt_at, storyboard_beside
 from video import file_hash, find_videos, read_video, remove_leftovers, video_info, whole_file
+
+PIECE = 2**30                     # bytes of windows that memory holds before they are written: a film has gigabytes
 
 
 @dataclass
@@ -37,19 +42,24 @@ class CacheConfig:
 
 
 def read_captions(path):
-    """{video: storyboard} of a JSONL file."""
+    """{video: storyboard} of a JSONL file. Raises UserError that names the line."""
     captions = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")          # a caption may hold U+2028
     except (OSError, UnicodeDecodeError):
         raise UserError(f"--captions {path} cannot be read: give a JSONL file in UTF-8") from None
     for n, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             entry = json.loads(line)
             board = entry["storyboard"] if "storyboard" in entry else [[0, entry["caption"]]]
-            captions[entry["video"] + ""] = parse_entries(board, f"{path}, line {n}")   # a name, not null or a number
+            name = entry["video"] + ""                              # not null or a number
         except (json.JSONDecodeError, KeyError, TypeError):
             raise UserError(f'{path}, line {n}: expected {{"video": "a.mp4", "caption": "a text"}}') from None
+        if name in captions:
+            raise UserError(f"{path}, line {n}: {name} stands on an earlier line too: give each video one line")
+        captions[name] = parse_entries(board, f"{path}, line {n}")
     return captions
 
 
@@ -94,23 +104,23 @@ def video_windows(path, preset, codec):
 
 
 def cache_video(path, storyboard, preset, codec, prompts):
-    """[(latents (C, F, h, w) bfloat16, first latent of each prompt, prompt embeddings)] of a video's windows."""
+    """Of each of a video's windows, one at a time: latents (C, F, h, w) bfloat16, first latent of each prompt, prompt
+    embeddings. Raises UserError before the first one, or not at all."""
     rate = preset.fps / codec.stride[0]                             # latents a second
 
-    @functools.cache                                                # most windows of a video share their prompts
+    @functools.lru_cache(8)                                         # most windows share their prompts with the next
     def embed(prompt):
         rows = prompts(prompt)                                      # kept without the zeros after its last word
         return rows[:int(rows.any(1).nonzero().max()) + 1 if rows.any() else 1].bfloat16()
-    windows, end = [], 0.0
+    end = 0.0
     for start, frames in video_windows(path, preset, codec):
         end = start + len(frames) / preset.fps
         latents = codec.encode(to_pixels(frames)[None])[0].bfloat16().contiguous()
         board = [(0, prompt_at(storyboard, start))] if storyboard else []
         board += [(round((seconds - start) * rate), prompt) for seconds, prompt in storyboard if start < seconds < end]
-        windows.append((latents, [first for first, _ in board], [embed(prompt).clone() for _, prompt in board]))
+        yield latents, [first for first, _ in board], [embed(prompt).clone() for _, prompt in board]
     if storyboard and storyboard[-1][0] >= end:
         warn_past_end(path, storyboard[-1][0], end)
-    return windows
 
 
 def shard_of(name, n):
@@ -120,31 +130,47 @@ def shard_of(name, n):
     return number % power if number % power < n else number % (power // 2)
 
 
-def cache_shard(shard, videos, key, config, preset, codec, prompts, bar):
-    """Encode {path: storyboard or error} into one shard with its index beside it. Nothing appears half-written, and
-    the index, which carries the key, last."""
-    tensors, starts, clips, skipped = {}, [], [], []
+def shard_windows(videos, config, preset, codec, prompts, skipped, bar):
+    """Yield (video, *what cache_video() yields) of the windows of {path: storyboard or error}; errors go to skipped."""
     for path, storyboard in videos.items():
         bar.update()
         try:
             if isinstance(storyboard, UserError):
                 raise storyboard
-            windows = cache_video(path, storyboard, preset, codec, prompts)
+            for window in cache_video(path, storyboard, preset, codec, prompts):
+                yield path.relative_to(config.videos).as_posix(), *window
             if not storyboard:
                 warn(f"no caption for {path}: trained without a prompt")
-            for latents, firsts, texts in windows:
-                i = len(clips)
-                tensors.update({f"{i}.latents": latents, **{f"{i}.text.{k}": t for k, t in enumerate(texts)}})
-                starts.append(firsts)
-                clips.append((path.relative_to(config.videos).as_posix(), *latents.shape[1:]))
         except UserError as e:
             skipped.append(str(e))
-    shard.with_suffix(".json").unlink(missing_ok=True)
-    with whole_file(shard) as part:
-        save_file(tensors, part, {"starts": json.dumps(starts)})
-    index = dict(key=key, clips=clips, skipped=skipped, bytes=shard.stat().st_size)
-    with whole_file(shard.with_suffix(".json")) as part:
-        part.write_text(json.dumps(index))
+
+
+def write_piece(path, windows):
+    """Write windows as one file. Returns (its bytes, its clips: [(video, latent frames, height, width)])."""
+    tensors = {}
+    for i, (_, latents, _, texts) in enumerate(windows):
+        tensors.update({f"{i}.latents": latents, **{f"{i}.text.{k}": t for k, t in enumerate(texts)}})
+    with whole_file(path) as part:
+        save_file(tensors, part, {"starts": json.dumps([firsts for _, _, firsts, _ in windows])})
+    return path.stat().st_size, [(video, *latents.shape[1:]) for video, latents, _, _ in windows]
+
+
+def cache_shard(index, windows, key, skipped):
+    """Write what shard_windows() yields as the files of one shard, each of about PIECE bytes, then their index, which
+    carries the key and is returned. Nothing appears half-written. skipped: filled by shard_windows() meanwhile."""
+    files, held, size = {}, [], 0
+    for window in chain(windows, [None]):                           # None: there are no more
+        if window:
+            held.append(window)
+            size += sum(x.nbytes for x in (window[1], *window[3]))
+        if size >= PIECE or held and not window:
+            path = index.with_name(f"{index.stem}-{key[:16]}-{len(files)}.safetensors")
+            files[path.name] = write_piece(path, held)
+            held, size = [], 0
+    made = dict(key=key, files=files, skipped=skipped)
+    with whole_file(index) as part:
+        part.write_text(json.dumps(made))
+    return made
 
 
 def read_shard(paths, config, captions):
@@ -191,33 +217,38 @@ def cache_videos(argv):
     for path in paths:
         shards[shard_of(path.relative_to(config.videos).as_posix(), len(shards))].append(path)
     mine = range(rank, len(shards), world_size)
-    bar, skipped = tqdm(total=sum(len(shards[k]) for k in mine), desc="caching videos", disable=rank > 0), []
+    bar = tqdm(total=sum(len(shards[k]) for k in mine), desc="caching videos", disable=rank > 0)
+    skipped = shared_count(world_size)
     for k in mine:
-        shard = out / f"shard-{k:05}.safetensors"
+        index = out / f"shard-{k:05}.json"
         videos, content = read_shard(shards[k], config, captions)
         key = hashlib.sha256(repr((settings, content)).encode()).hexdigest()
-        index = shard.with_suffix(".json")
-        made = read_index(index, "key", "bytes") if index.is_file() and shard.is_file() else {}
-        if (made.get("key"), made.get("bytes")) == (key, shard.stat().st_size if made else None):
+        made = read_index(index, "key") if index.is_file() else {}
+        if made.get("key") == key and all(is_whole(out / name, size) for name, (size, _) in made["files"].items()):
             bar.update(len(videos))
         else:
-            cache_shard(shard, videos, key, config, preset, codec, prompts, bar)
-        skipped += read_index(index, "skipped")["skipped"]
-        if too_many(skipped, len(paths)):                           # whatever else comes: do not encode it
-            report_skipped(skipped, len(paths), config.videos)
+            errors = []
+            windows = shard_windows(videos, config, preset, codec, prompts, errors, bar)
+            made = cache_shard(index, windows, key, errors)
+        for message in made["skipped"]:
+            tqdm.write(f"skipped: {message}", file=sys.stderr)
+        # of all processes: above the limit there is no need to encode the rest, whatever else comes
+        check_skipped(skipped(len(made["skipped"])), len(paths), config.videos)
     bar.close()
     leave(world_size)
     if rank == 0:
-        finish_cache(config, out, len(shards), settings, len(paths))
+        finish_cache(out, len(shards), settings, len(paths))
 
 
-def finish_cache(config, out, shards, settings, videos):
-    """Write the manifest that training asks for, unless too many videos were skipped."""
-    indices = [read_index(out / f"shard-{k:05}.json", "clips", "skipped", "bytes") for k in range(shards)]
-    skipped = [message for index in indices for message in index["skipped"]]
-    report_skipped(skipped, videos, config.videos)
+def finish_cache(out, shards, settings, videos):
+    """Write the manifest that training asks for, then delete the files of earlier caches, which it does not name."""
+    indices = [read_index(out / f"shard-{k:05}.json", "files", "skipped") for k in range(shards)]
+    files = {name: file for index in indices for name, file in index["files"].items()}
     with whole_file(out / "manifest.json") as part:
-        part.write_text(json.dumps(dict(settings=settings, bytes=[index["bytes"] for index in indices])))
+        part.write_text(json.dumps(dict(settings=settings, files=files)))
+    for path in out.glob("shard-[0-9]*.safetensors"):
+        if path.name not in files:
+            path.unlink()
     remove_leftovers(out)
-    clips = sum(len(index["clips"]) for index in indices)
-    print(f"{out} holds {clips} clips of {videos - len(skipped)} videos in {shards} shards; {len(skipped)} skipped")
+    clips, skipped = sum(len(clips) for _, clips in files.values()), sum(len(index["skipped"]) for index in indices)
+    print(f"{out} holds {clips} clips of {videos - skipped} videos in {shards} shards; {skipped} skipped")

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -26,6 +27,10 @@ from model import PRESETS, UserError, get_preset
 from storyboard import prompt_at, storyboard_beside
 from video import READING, VideoWriter, file_hash, find_videos, read_video, video_info, whole_file
 from weights import open_safetensors, parse_json
+
+# raise it when nearest_size(), caching.py, WanCodec or wan.clean() come to make other latents or embeddings of a file,
+# or caching.py other files of them: caches are then made again (for read_video() raise READING)
+ENCODING = 1
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Clips to train on
@@ -167,7 +172,7 @@ def read_clip(path, preset):
 
 def encode_video(path, preset, codec, cache):
     """Latents (C, F, h, w) float16 of a whole video, cached under its content and all settings that matter."""
-    key = repr((preset.fps, preset.sizes, codec.settings, READING, file_hash(path)))
+    key = repr((preset.fps, preset.sizes, codec.settings, READING, ENCODING, file_hash(path)))
     key = hashlib.sha256(key.encode()).hexdigest()
     file = Path(cache) / "videos" / f"{key[:24]}.safetensors"
     if not file.exists():
@@ -181,17 +186,17 @@ def encode_video(path, preset, codec, cache):
 LONE_VIDEO = "one video alone is trained on and held out too: its figures say nothing of other videos"
 
 
-def too_many(skipped, total):
-    return len(skipped) > 0.2 * total
+def check_skipped(count, total, folder):
+    """Raises UserError above 20 % of videos that cannot be used."""
+    if count > 0.2 * total:
+        raise UserError(f"{count} of {total} videos in {folder} cannot be used, above 20 %: the reasons are above")
 
 
 def report_skipped(skipped, total, folder):
     """List the files that could not be used. Raises UserError above 20 % of them."""
     for message in skipped:
         print(f"skipped: {message}", file=sys.stderr)
-    if too_many(skipped, total):
-        raise UserError(f"{len(skipped)} of {total} videos in {folder} cannot be used, above 20 %: "
-                        "the reasons are above")
+    check_skipped(len(skipped), total, folder)
 
 
 def warn_past_end(path, seconds, end):
@@ -268,12 +273,23 @@ def held_out_videos(folder, preset, codec, cache):
 # Clips from a cache on disk: python data.py cache
 
 
+@contextmanager
+def open_cached(path):
+    """A file of a cache, open. Raises UserError where it is gone or damaged."""
+    try:
+        with open_safetensors(path) as f:
+            yield f
+    except (UserError, SafetensorError):
+        found = "damaged: delete it," if path.is_file() else "gone (was the cache made again?):"
+        raise UserError(f"{path} is {found} run data.py cache, then train on with --resume") from None
+
+
 class CachedClip(Clip):
-    """A window of a video in a shard, whose latents and prompts are read when they are asked for. It has of a Clip what
+    """A window of a video in a cache, whose latents and prompts are read when they are asked for. It has of a Clip what
     training needs: frames, size, cut(), text(), truth(), targets()."""
 
-    def __init__(self, shard, number, frames, size):
-        self.shard, self.number, self.length, self.shape = shard, number, frames, size
+    def __init__(self, file, number, frames, size):
+        self.file, self.number, self.length, self.shape = file, number, frames, size
         self.pixels = self.story = None
 
     @property
@@ -286,12 +302,12 @@ class CachedClip(Clip):
 
     def cut(self, first, last):
         """Latents of the frames first..last-1, (1, C, F, h, w) float32."""
-        with open_safetensors(self.shard) as f:
+        with open_cached(self.file) as f:
             return f.get_slice(f"{self.number}.latents")[:, first:last][None].float()
 
     def text(self, frame, prompts):
         """The embedding of a latent frame's prompt, (1, L, text_dim)."""
-        with open_safetensors(self.shard) as f:
+        with open_cached(self.file) as f:
             starts = json.loads(f.metadata()["starts"])[self.number]
             if not starts:
                 return prompts("")[None]
@@ -307,25 +323,31 @@ def read_index(path, *keys):
     return parse_json(path.read_bytes(), path, "delete it, then run data.py cache again", *keys)
 
 
+def is_whole(path, size):
+    """Is this file of a cache there, with all of its bytes?"""
+    return path.is_file() and path.stat().st_size == size
+
+
 def cached_clips(folder, preset, codec, held_out):
     """(clips to train on, at most `held_out` held-out clips) of a folder that `data.py cache` wrote."""
     folder = Path(folder)
-    manifest = read_index(folder / "manifest.json", "settings", "bytes")
+    manifest = read_index(folder / "manifest.json", "settings")
     ours, theirs = window_settings(preset, codec), manifest["settings"]
+    if not isinstance(theirs, dict) or not isinstance(theirs.get("codec"), list):
+        raise UserError(f"{folder}/manifest.json is damaged: delete it, then run data.py cache again")
     if preset.codec == "dct":                                       # a training on Wan's has no text encoder to compare
         ours["prompts"] = make_prompts(preset).settings
     for key, value in ours.items():
-        if value != theirs.get(key) and not (key == "codec" and value == ["wan", None] and theirs[key][0] == "wan"):
+        if value != theirs.get(key) and not (key == "codec" and value == ["wan", None] and theirs[key][:1] == ["wan"]):
             raise UserError(f"--data {folder} was cached with {key} {theirs.get(key)}, not {value}: "
                             "give the preset that it was made for, or run data.py cache again")
     videos = {}
-    for k, size in enumerate(manifest["bytes"]):
-        shard = folder / f"shard-{k:05}.safetensors"
-        if not shard.is_file() or shard.stat().st_size != size:
-            raise UserError(f"{shard} is missing or cut short: run data.py cache again, "
+    for name, (size, clips) in manifest.get("files", {}).items():
+        if not is_whole(folder / name, size):
+            raise UserError(f"{folder / name} is missing or cut short: run data.py cache again, "
                             "it makes only what is not there")
-        for i, (video, frames, *shape) in enumerate(read_index(shard.with_suffix(".json"), "clips")["clips"]):
-            videos.setdefault(video, []).append(CachedClip(shard, i, frames, tuple(shape)))
+        for i, (video, frames, *shape) in enumerate(clips):
+            videos.setdefault(video, []).append(CachedClip(folder / name, i, frames, tuple(shape)))
     if not videos:
         raise UserError(f"--data {folder} holds no clip: give data.py cache longer videos")
     names, held_names = split_videos(videos)
@@ -342,7 +364,7 @@ def cached_clips(folder, preset, codec, held_out):
 
 def window_settings(preset, codec):
     """What the windows of a cache depend on, but for the videos themselves."""
-    return json.loads(json.dumps(dict(codec=codec.settings, fps=preset.fps, sizes=preset.sizes,
+    return json.loads(json.dumps(dict(version=ENCODING, codec=codec.settings, fps=preset.fps, sizes=preset.sizes,
                                       section=preset.section, history=preset.history, reading=READING)))
 
 

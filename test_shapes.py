@@ -844,7 +844,7 @@ def write_video(path, n=10, seed=0, size=32):
     return frames
 
 
-def test_folder_of_videos(tmp_path, capsys):
+def test_folder_of_videos(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "videos"
     for i in range(6):
         write_video(folder / f"{i}.mp4", 10 + i, i)
@@ -864,6 +864,11 @@ def test_folder_of_videos(tmp_path, capsys):
     assert codecs.psnr(to_frames(DCTCodec().decode(clip.latents[None].float()))[0], clip.pixels).mean() > 30
     again, _ = data.video_clips(folder, TINY, DCTCodec(), tmp_path / "cache")
     assert all(torch.equal(a.latents, b.latents) for a, b in zip(train.clips, again.clips))
+    for version in "READING", "ENCODING":
+        before = len(list((tmp_path / "cache" / "videos").iterdir()))
+        monkeypatch.setattr(data, version, 99)
+        data.encode_video(folder / "3.mp4", TINY, DCTCodec(), tmp_path / "cache")
+        assert len(list((tmp_path / "cache" / "videos").iterdir())) == before + 1
     (folder / "2.mp4").write_text("")
     with pytest.raises(UserError, match="2 of 6 videos"):
         data.video_clips(folder, TINY, DCTCodec(), tmp_path / "cache")
@@ -1795,10 +1800,11 @@ def test_cache_goes_on_and_is_never_stale(tmp_path, capsys, monkeypatch):
         monkeypatch.setitem(PRESETS, "tiny", changed)
         cached(folder)
         assert len(calls) == 6
-    calls.clear()
-    monkeypatch.setattr(data, "READING", 99)
-    cached(folder)
-    assert len(calls) == 6
+    for version in "READING", "ENCODING":
+        calls.clear()
+        monkeypatch.setattr(data, version, 99)
+        cached(folder)
+        assert len(calls) == 6
     with pytest.raises(UserError, match="cached with prompts"):
         data.cached_clips(shards, dataclasses.replace(changed, dit=dataclasses.replace(TINY.dit, text_len=7)), codec, 1)
 
@@ -1814,6 +1820,68 @@ def test_cache_stops_once_too_many_are_bad(tmp_path, monkeypatch):
         cached(tmp_path / "videos", "--shard", 2)
     assert 4 <= len(calls) < 10 and calls == [f"{i}.mp4" for i in order[:len(calls)]]
     assert not Path("shards/manifest.json").exists()
+
+
+def test_a_cache_made_again_never_gives_a_training_another_video(tmp_path, monkeypatch):
+    folder, codec, prompts = tmp_path / "videos", DCTCodec(), HashPrompts(16, 24)
+    for i in range(6):
+        write_video(folder / f"{i}.mp4", 12, i)
+        (folder / f"{i}.txt").write_text(f"waves {i}")
+    shards = cached(folder)
+    (shards / "shard-00000.safetensors").write_bytes(b"of a cache before files had keys in their names")
+    clips = [clip for part in data.cached_clips(shards, TINY, codec, 16) for clip in part.clips]
+    read = lambda clip: (clip.cut(0, 12), clip.text(0, prompts))                                # noqa: E731
+    before = [read(clip) for clip in clips]
+    shutil.copy(folder / "2.mp4", folder / "1.mp4")                 # another video of that name
+    with monkeypatch.context() as m:
+        m.setattr(caching, "finish_cache", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            cached(folder)
+    assert same([read(clip) for clip in clips], before)             # until the new one is whole
+    cached(folder)
+    gone = caching.shard_of("1.mp4", 2)
+    for clip, was in zip(clips, before):
+        if int(clip.file.name.split("-")[1]) == gone:
+            with pytest.raises(UserError, match=r"is gone \(was the cache made again\?\): run data.py cache"):
+                read(clip)
+        else:
+            assert same(read(clip), was)
+    files = {path.name for path in shards.glob("*.safetensors")}
+    assert files == json.loads((shards / "manifest.json").read_text())["files"].keys() and len(files) == 2
+    for path in shards.glob("*.safetensors"):
+        path.write_bytes(bytes(path.stat().st_size))
+    for ask in lambda clip: clip.cut(0, 12), lambda clip: clip.text(0, prompts):                # noqa: E731
+        with pytest.raises(UserError, match="safetensors is damaged: delete it, run data.py cache"):
+            ask(data.cached_clips(shards, TINY, codec, 16)[0][0])
+
+
+def test_a_shard_is_written_while_it_is_made(tmp_path, monkeypatch):
+    """A film of Wan takes gigabytes, a shard of them more memory than there is."""
+    for i in range(3):
+        write_video(tmp_path / "videos" / f"{i}.mp4", 100, i)
+        (tmp_path / "videos" / f"{i}.txt").write_text(f"0s: waves / {7 + i}s: more")
+    read = lambda: [(clip.cut(0, 44), clip.text(40, HashPrompts(16, 24))) for part in                   # noqa: E731
+                    data.cached_clips(shards, TINY, DCTCodec(), 9) for clip in part.clips]
+    shards = cached(tmp_path / "videos")
+    whole, events = read(), []
+    assert len(whole) == 9 and len(list(shards.glob("*.safetensors"))) == 1
+    monkeypatch.setattr(DCTCodec, "encode", lambda *a, real=DCTCodec.encode: events.append("encode") or real(*a))
+    monkeypatch.setattr(caching, "save_file", lambda *a: events.append("save") or save_file(*a))
+    window = whole[0][0].numel() * 2
+    for most, times in (2 * window, 5), (1, 9):                     # bytes of bf16; its prompts count too
+        shutil.rmtree(shards)
+        events.clear()
+        monkeypatch.setattr(caching, "PIECE", most)
+        cached(tmp_path / "videos")
+        assert len(list(shards.glob("*.safetensors"))) == times == events.count("save")
+        assert most > 1 or events == 9 * ["encode", "save"]
+        assert same(read(), whole)
+    events.clear()
+    cached(tmp_path / "videos")
+    assert events == []
+    next(shards.glob("shard-00000-*-5.safetensors")).unlink()       # any of its files: the shard is made again
+    cached(tmp_path / "videos")
+    assert events.count("encode") == 9 and same(read(), whole)
 
 
 def test_a_new_video_changes_few_shards():
@@ -1854,30 +1922,38 @@ def test_cache_refuses_what_does_not_fit(tmp_path):
                                        '[[0, "a"], [2, "b"]]}\n')
     shards = cached(folder, "--captions", folder / "list.jsonl")
     train, held_out = data.cached_clips(shards, TINY, codec, 16)
-    assert {len(json.loads(open_safetensors(c.shard).metadata()["starts"])[c.number])
+    assert {len(json.loads(open_safetensors(c.file).metadata()["starts"])[c.number])
             for c in [*train.clips, *held_out.clips]} == {1, 2}
     with pytest.raises(UserError, match="with fps 2, not 4"):
         data.cached_clips(shards, dataclasses.replace(TINY, fps=4), codec, 16)
     with pytest.raises(UserError, match="cached with codec"):
         data.cached_clips(shards, TINY, wan.WanCodec(), 16)
     manifest = (shards / "manifest.json").read_text()
-    (shards / "manifest.json").write_text(json.dumps(json.loads(manifest) | {"bytes": []}))
+    (shards / "manifest.json").write_text(json.dumps(json.loads(manifest) | {"files": {}}))
     with pytest.raises(UserError, match="holds no clip"):
         data.cached_clips(shards, TINY, codec, 16)
     (shards / "manifest.json").write_text(manifest)
-    shard = shards / "shard-00000.safetensors"
+    shard = next(shards.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(UserError, match="cut short"):
         data.cached_clips(shards, TINY, codec, 16)
     cached(folder, "--captions", folder / "list.jsonl")             # as that error says
     assert len(data.cached_clips(shards, TINY, codec, 16)[0]) == 1
-    shard.with_suffix(".json").unlink()
-    with pytest.raises(UserError, match="json is missing: run data.py cache again"):
+    settings = json.loads(manifest)["settings"]
+    del settings["version"]                                         # a cache made before files had keys in their names
+    (shards / "manifest.json").write_text(json.dumps(dict(settings=settings, bytes=[9])))
+    with pytest.raises(UserError, match="with version None, not 1: .* or run data.py cache again"):
         data.cached_clips(shards, TINY, codec, 16)
-    for damage in '{"settings": ', "[]", "{}":
+    (shards / "shard-00000.json").write_text(json.dumps(dict(key="a", clips=[], skipped=[], bytes=9)))
+    cached(folder, "--captions", folder / "list.jsonl")
+    assert len(data.cached_clips(shards, TINY, codec, 16)[0]) == 1
+    for damage in '{"settings": ', "[]", "{}", '{"settings": []}', '{"settings": {}}', '{"settings": {"codec": null}}':
         (shards / "manifest.json").write_text(damage)
         with pytest.raises(UserError, match="manifest.json is damaged"):
             data.cached_clips(shards, TINY, codec, 16)
+    (shards / "manifest.json").unlink()
+    with pytest.raises(UserError, match="manifest.json is missing: run data.py cache again"):
+        data.cached_clips(shards, TINY, codec, 16)
     (folder / "list.jsonl").write_text('{"video": "0.mp4"}\n')
     with pytest.raises(UserError, match="list.jsonl, line 1"):
         cached(folder, "--captions", folder / "list.jsonl")
@@ -2397,9 +2473,8 @@ def test_few_held_out_clips_are_of_different_videos(tmp_path):
     names = data.split_videos([f"{name}.mp4" for name in "123456"])[1]
     manifest = json.loads((shards / "manifest.json").read_text())
     held = data.cached_clips(shards, TINY, DCTCodec(), len(names))[1]
-    index = [json.loads(p.read_text())["clips"] for p in sorted(shards.glob("shard-*.json"))]
-    assert len(manifest["bytes"]) == len(index) and len(held) == len(names)
-    assert [index[int(c.shard.stem.split("-")[1])][c.number][0] for c in held.clips] == names
+    assert len(manifest["files"]) == 2 and len(held) == len(names)
+    assert [manifest["files"][c.file.name][1][c.number][0] for c in held.clips] == names
 
 
 def test_captions_that_belong_to_no_video(tmp_path, capsys):
@@ -2415,6 +2490,12 @@ def test_captions_that_belong_to_no_video(tmp_path, capsys):
     assert "1 captions belong to no video" in capsys.readouterr().err
     captions.write_text(line("0.mp4") + line(None))
     with pytest.raises(UserError, match="line 2: expected"):
+        cached(tmp_path / "videos", "--captions", captions)
+    said = '{"video": "0.mp4", "caption": "two\u2028lines"}'
+    captions.write_text(f"\ufeff{said}\r\n\n \n" + line("1.mp4") + "\n", encoding="utf-8")
+    assert caching.read_captions(captions) == {"0.mp4": [(0, "two lines")], "1.mp4": [(0, "waves")]}
+    captions.write_text(line("0.mp4") + "\n" + line("0.mp4"))
+    with pytest.raises(UserError, match="line 3: 0.mp4 stands on an earlier line too: give each video one line"):
         cached(tmp_path / "videos", "--captions", captions)
 
 
@@ -3893,6 +3974,22 @@ def test_too_many_of_them_stop_the_run(cache):
     state = torch.load("run/state.pt")
     assert all(tensor.isfinite().all() for tensor in state["model"].values())
     finish(pretrain.main, *given, "--resume", "--steps", 11)
+
+
+@posix
+def test_the_limit_of_bad_videos_is_of_all_processes(tmp_path):
+    """Four of twelve are bad, two in the first shards of each process: neither alone has above 20 % of all."""
+    names = [next(name for name in map("{}.mp4".format, itertools.count()) if caching.shard_of(name, 12) == k)
+             for k in range(12)]
+    for k, name in enumerate(names):
+        write_video(tmp_path / "videos" / name, 12, k)
+        if k < 4:
+            (tmp_path / "videos" / name).write_text("not a video")
+    processes = Processes(data.main, "cache", "--videos", "videos", "--out", "shards", "--preset", "tiny", "--shard", 1,
+                          world=2)
+    assert 2 in processes.wait() and re.search("[34] of 12 videos in videos cannot be used", "".join(processes.said))
+    assert sum("skipped: " in line for said in processes.said for line in said.splitlines()) >= 3
+    assert len(list(Path("shards").glob("shard-*.json"))) < 12 and not Path("shards/manifest.json").exists()
 
 
 def claim_size(path, width, height):
