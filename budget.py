@@ -60,12 +60,13 @@ def lora_parameters(c, rank):
 
 def flops(c, tokens, memory=0):
     """FLOPs of a DiT forward, one sample: `tokens` noisy ones and `memory` clean ones before them, which skip the patch
-    embedding and the head. The time embedding runs for both timesteps (Wan has one). Elementwise work is left out."""
+    embedding and the head. With memory the time embedding runs for two timesteps. Elementwise work is left out."""
     N, D, T = tokens + memory, c.dim, c.text_len
     # q, k, v, o and cross q, o; self-attention's products; cross k, v; cross-attention's products; feed-forward
     block = 12 * N * D**2 + 4 * N**2 * D + 4 * T * D**2 + 4 * N * T * D + 4 * N * D * c.ffn_dim
     ends = 2 * tokens * math.prod(c.patch) * (c.in_dim + c.out_dim) * D
-    return c.layers * block + ends + 2 * T * (c.text_dim * D + D**2) + 2 * 2 * (c.freq_dim * D + 7 * D**2)
+    times = 2 if memory else 1
+    return c.layers * block + ends + 2 * T * (c.text_dim * D + D**2) + 2 * times * (c.freq_dim * D + 7 * D**2)
 
 
 def random_history(preset, rate, latents, device, start=0):
@@ -130,11 +131,11 @@ def training_memory(c, frozen, trained, tokens, gpus, encoder_bytes):
 
 def sampling_memory(c, frozen, trained, tokens, pixels):
     """({what: bytes}, the same of decoding) at batch 1, a LoRA not merged. pixels: of a frame that Wan's VAE decodes, or
-    0. Largest inside a block is attention (x and its norm in float32; q, k, v in bf16; one rotated in float32: 26 D) or
-    the feed-forward (x, its norm; before and after GELU in bf16)."""
+    0. Largest inside a block, as traced, is attention (x and its norm; q, k and v; q and k normalised and rotated in
+    float32) or the feed-forward (x, its norm; before and after GELU, or what a LoRA adds and the sum, in bf16)."""
     context = {"CUDA context (estimate)": CONTEXT * 2**30}
     denoising = {**base_bytes(c, frozen), **trained_bytes(trained),
-                 "inside one block": tokens * max(26 * c.dim, 8 * c.dim + 4 * c.ffn_dim), **context}
+                 "inside one block": tokens * max(31 * c.dim, 13 * c.dim + (6 if frozen else 4) * c.ffn_dim), **context}
     if not pixels:                                                  # cosines: nothing to speak of
         return denoising, {}
     vae = lambda bytes_a_pixel: {"VAE": VAE_WEIGHTS, "what it carries on, or decodes with": bytes_a_pixel * pixels}

@@ -84,8 +84,8 @@ class HighRes(nn.Module):
         f, h, w = x.shape[2:]
         x = rearrange(x, "b c f h w -> b (f h w) c")
         head_dim = self.attention.o.in_features // self.attention.heads
-        angles = rope(token_positions(torch.arange(f, device=x.device), h, w)[None], head_dim)
-        x = x + self.attention(self.norm(x), angles=angles)
+        rotations = rope(token_positions(torch.arange(f, device=x.device), h, w)[None], head_dim)
+        x = x + self.attention(self.norm(x), rotations=rotations)
         return self.proj(self.norm_out(x)) + shortcut
 
 

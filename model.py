@@ -113,7 +113,8 @@ def token_positions(frames, rows, columns):
 
 
 def rope(positions, head_dim):
-    """Rotation angles of 3D rotary embeddings, as (cos, sin), each (B, 1, N, head_dim / 2), for positions (B, N, 3).
+    """Rotations of 3D rotary embeddings, (cos, sin) in the last dimension of (B, N, 1, head_dim / 2, 2), for positions
+    (B, N, 3).
 
     Of the head_dim channels, 2 * (head_dim // 6) belong to rows, as many to columns, the rest to time; each axis has
     its own frequencies 10000^(-2j / axis_dim).
@@ -125,18 +126,19 @@ def rope(positions, head_dim):
     for axis, dim in enumerate((head_dim - 2 * spatial, spatial, spatial)):
         frequencies = 10000.0 ** (-torch.arange(0, dim, 2, device=positions.device, dtype=dtype) / dim)
         angles.append(positions[..., axis, None].to(dtype) * frequencies)
-    angles = torch.cat(angles, dim=-1)[:, None]                                 # (B, 1, N, head_dim / 2)
-    return angles.cos().float(), angles.sin().float()
+    angles = torch.cat(angles, dim=-1)[:, :, None]                              # (B, N, 1, head_dim / 2)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
 
 
-def rotate(x, cos, sin):
-    """Rotate the channel pairs (a, b) = (2j, 2j + 1) of x (B, heads, N, head_dim) to (a cos - b sin, a sin + b cos).
-
-    The result has all first halves of the pairs before all second ones: a product of two vectors so rotated is the same
-    in any order of channels, and this one needs no interleaving.
-    """
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).type_as(x)
+def rotate(x, rotations):
+    """Rotate the channel pairs (a, b) = (2j, 2j + 1) of x (B, N, heads, head_dim), float32, to (a cos - b sin,
+    a sin + b cos), with rotations from rope()."""
+    x = x.unflatten(-1, (-1, 2))
+    if torch.compiler.is_compiling():       # which fuses these products, but has none of complex numbers
+        (a, b), (cos, sin) = x.unbind(-1), rotations.unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+    # eagerly (a + ib)(cos + i sin) is one kernel instead of seven
+    return torch.view_as_real(torch.view_as_complex(x) * torch.view_as_complex(rotations)).flatten(-2)
 
 
 def cast(x):
@@ -147,11 +149,10 @@ def cast(x):
 
 def attend(q, k, v):
     """Softmax attention, (B, heads, N, head_dim) each. No mask, so that SDPA chooses its flash kernel on a GPU."""
-    if q.device.type == "cpu" and q.shape[2] * k.shape[2] <= 1024**2:
-        # SDPA's CPU kernel, backwards above all, is far below the rate of matrix products:
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] * k.shape[2] <= 1024**2:
+        # SDPA's CPU kernel for bf16, backwards above all, is far below the rate of matrix products:
         # short ones are faster by hand
-        weights = (q.contiguous() * q.shape[-1]**-0.5) @ k.contiguous().mT
-        return weights.softmax(-1).type_as(v) @ v.contiguous()
+        return (q @ (k * q.shape[-1]**-0.5).mT).softmax(-1).type_as(v) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -185,7 +186,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x):
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).type_as(x)
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps)
 
 
 class Attention(nn.Module):
@@ -201,29 +202,30 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
 
-    def forward(self, x, context=None, angles=None):
-        """x (B, N, D), context (B, L, D) or None for self-attention, angles from rope() or None -> (B, N, D)."""
+    def forward(self, x, context=None, rotations=None):
+        """x (B, N, D), context (B, L, D) or None for self-attention, rotations from rope() or None -> (B, N, D)."""
         x = cast(x)
         context = x if context is None else cast(context)
-        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)     # (B, N, D) -> (B, heads, N, head_dim)
+        split = lambda y: y.unflatten(-1, (self.heads, -1))                     # (B, N, D) -> (B, N, heads, head_dim)
         q, k, v = split(self.norm_q(self.q(x))), split(self.norm_k(self.k(context))), split(self.v(context))
-        if angles is not None:
-            q, k = rotate(q, *angles), rotate(k, *angles)
-        return self.o(attend(q, k, v).transpose(1, 2).flatten(-2))              # (B, N, D)
+        if rotations is not None:
+            q, k = rotate(q, rotations), rotate(k, rotations)
+        y = attend(*(z.type_as(v).transpose(1, 2) for z in (q, k, v)))          # float32 until here, as in Wan
+        return self.o(y.transpose(1, 2).flatten(-2))                            # (B, N, D)
 
 
-def modulate(x, shift, scale, M):
-    """x (B, M + N, D) scaled and shifted by (B, 2, D) each: [:, 0] for the M memory tokens, [:, 1] for the noisy ones.
-    There are only two timesteps in a sequence, so modulation is computed twice, not once per token."""
-    parts = [torch.addcmul(shift[:, i, None], x_i, 1 + scale[:, i, None]) for i, x_i in enumerate((x[:, :M], x[:, M:]))]
-    return torch.cat(parts, dim=1) if M else parts[1]
+def modulate(x, shift, scale, sizes):
+    """x (B, N, D) scaled and shifted by (B, P, D) each: its P parts, of so many tokens each, are of one timestep each,
+    so that modulation is computed once for a part, not for a token. Returns what products are computed in."""
+    parts = [cast(torch.addcmul(b, y, 1 + a)) for y, b, a in
+             zip(x.split(sizes, dim=1), shift.split(1, dim=1), scale.split(1, dim=1))]
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
-def add_gated(x, y, gate, M):
-    """x + gate * y, with gate (B, 2, D) as in modulate(). In float32, like the residual stream x."""
-    parts = [torch.addcmul(x_i, y_i, gate[:, i, None]) for i, (x_i, y_i) in
-             enumerate(((x[:, :M], y[:, :M]), (x[:, M:], y[:, M:])))]
-    return torch.cat(parts, dim=1) if M else parts[1]
+def add_gated(x, y, gate, sizes):
+    """x + gate * y, with gate (B, P, D) as in modulate(). In float32, like the residual stream x."""
+    parts = map(torch.addcmul, x.split(sizes, dim=1), y.split(sizes, dim=1), gate.split(1, dim=1))
+    return torch.cat(list(parts), dim=1) if len(sizes) > 1 else next(parts)
 
 
 class Block(nn.Module):
@@ -238,13 +240,15 @@ class Block(nn.Module):
         self.cross_attn = Attention(c.dim, c.heads, c.eps)
         self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(c.ffn_dim, c.dim))
 
-    def forward(self, x, e, text, angles, M):
-        """x (B, M + N, D) in float32, e (B, 2, 6, D) modulation at t = 0 and at t, text (B, L, D) -> like x."""
-        s1, c1, g1, s2, c2, g2 = (self.modulation[:, None].float() + e).unbind(2)       # (B, 2, D) each
+    def forward(self, x, e, text, rotations, M):
+        """x (B, M + N, D) in float32, e (B, 2, 6, D) modulation at t = 0 and at t, or without memory (B, 1, 6, D) at t,
+        text (B, L, D), rotations from rope() -> like x."""
+        sizes = [M, x.shape[1] - M] if M else [x.shape[1]]
+        s1, c1, g1, s2, c2, g2 = (self.modulation[:, None].float() + e).unbind(2)       # (B, 1 or 2, D) each
         norm = lambda y: F.layer_norm(y, (self.dim,), eps=self.eps)
-        x = add_gated(x, self.self_attn(modulate(norm(x), s1, c1, M), angles=angles), g1, M)
+        x = add_gated(x, self.self_attn(modulate(norm(x), s1, c1, sizes), rotations=rotations), g1, sizes)
         x = x + self.cross_attn(self.norm3(x), context=text)
-        return add_gated(x, self.ffn(modulate(norm(x), s2, c2, M)), g2, M)
+        return add_gated(x, self.ffn(modulate(norm(x), s2, c2, sizes)), g2, sizes)
 
 
 class Head(nn.Module):
@@ -320,23 +324,23 @@ class DiT(nn.Module):
         positions = token_positions(frames, rows, columns)
         positions = positions.expand(B, -1, -1)                                 # (B, N, 3)
         x = self.patch_embedding(x).float()                                     # (B, N, D)
-        M = 0
+        M, times = 0, [t]
         if memory is not None and memory[0].shape[1]:
-            M = memory[0].shape[1]
+            M, times = memory[0].shape[1], [t * 0, t]                           # memory is clean: t = 0
             x = torch.cat([memory[0].float(), x], dim=1)                        # (B, M + N, D)
             positions = torch.cat([memory[1].expand(B, -1, -1), positions], dim=1)
-        angles = rope(positions, c.dim // c.heads)
-        embedding, modulation = self.embed_timesteps(torch.cat([t * 0, t]))     # memory is clean: t = 0
-        modulation = torch.stack(modulation.chunk(2), dim=1)                    # (B, 2, 6, D)
+        rotations = rope(positions, c.dim // c.heads)
+        embedding, modulation = self.embed_timesteps(torch.cat(times))
+        modulation = torch.stack(modulation.chunk(len(times)), dim=1)           # (B, 1 or 2, 6, D)
         if text.shape[1] > c.text_len:
             raise ValueError(f"{text.shape[1]} text tokens; at most {c.text_len} are expected")
         text = self.text_embedding(F.pad(text, (0, 0, 0, c.text_len - text.shape[1])))
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, modulation, text, angles, M, use_reentrant=False)
+                x = checkpoint(block, x, modulation, text, rotations, M, use_reentrant=False)
             else:
-                x = block(x, modulation, text, angles, M)
-        x = self.head(x[:, M:], embedding[B:]).float()                          # only the noisy tokens are read out
+                x = block(x, modulation, text, rotations, M)
+        x = self.head(x[:, M:], embedding[-B:]).float()                         # only the noisy tokens are read out
         # unlike the input, the output has channels last inside a patch
         return rearrange(x, "b (f h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)", h=rows, w=columns,
                          pt=c.patch[0], ph=c.patch[1], pw=c.patch[2])
