@@ -3,6 +3,7 @@ the history grows.
 
     python eval.py speed
 """
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,23 @@ def dit_jobs(nets, x, t, text):
             | {f"{name}, with backward": lambda net=net: both(net) for name, net in nets.items()})
 
 
+KINDS = {"attention": "attention|softmax|bmm", "matrix products": "mm|conv", "norms": "norm", "GELU": "gelu",
+         "copies": "copy|cat|clone"}
+
+
+def shares(job, device):
+    """{kind of operation: its share of the time that a job takes, by torch's profiler}, the rest as "other"."""
+    job()
+    with torch.profiler.profile() as profiler:
+        job()
+    spent = dict.fromkeys([*KINDS, "other"], 0.0)
+    for event in profiler.key_averages():
+        kind = next((kind for kind, names in KINDS.items() if re.search(names, event.key)), "other")
+        spent[kind] += event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+    total = sum(spent.values())
+    return {kind: x / total for kind, x in spent.items()}
+
+
 def measure_dit(config, preset, model, dtype):
     """Print how fast the DiT and φ are. Returns the rate of plain matrix products, FLOP/s."""
     device, c = next(model.parameters()).device, preset.dit
@@ -138,6 +156,9 @@ def measure_dit(config, preset, model, dtype):
         share = 3 * config.batch * flops(c, tokens) / (2 * n**3) * ratio(product, times[f"{name}, with backward"])
         print(f"  {name} with its backward reaches {100 * share:.0f} % of that" +
               ", what is computed again in the backward pass not counted" * preset.recompute)
+    for name in ("DiT", "DiT, with backward"):
+        print(f"  the time of {name}: "
+              + ", ".join(f"{kind} {100 * x:.0f} %" for kind, x in shares(jobs[name], device).items()))
     print(f"  φ of {preset.history} latents takes {ratio(times['φ of the history'], times['DiT']):.2f} forwards")
     return 2 * n**3 / median(product)
 

@@ -3087,6 +3087,10 @@ def test_speed_command(preset, capsys, monkeypatch):
     else:
         difference = next(line.split()[-1] for line in said.splitlines() if "largest difference" in line)
         assert 0 < float(difference) < 1e-5
+    for line in (line for line in said.splitlines() if "the time of DiT" in line):
+        found = {kind: int(x) for kind, x in re.findall(r"([a-zA-Z ]+) (\d+) %", line.partition(": ")[2])}
+        assert abs(sum(found.values()) - 100) <= 3 and found[" matrix products"] > 5 and found["attention"] > 0
+    assert said.count("the time of DiT") == 2
 
 
 def test_speed_skips_what_takes_too_long(capsys, monkeypatch):
