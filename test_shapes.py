@@ -3089,8 +3089,10 @@ def test_speed_command(preset, capsys, monkeypatch):
         assert 0 < float(difference) < 1e-5
     for line in (line for line in said.splitlines() if "the time of DiT" in line):
         found = {kind: int(x) for kind, x in re.findall(r"([a-zA-Z ]+) (\d+) %", line.partition(": ")[2])}
-        assert abs(sum(found.values()) - 100) <= 3 and found[" matrix products"] > 5 and found["attention"] > 0
+        assert abs(sum(found.values()) - 100) <= 3 and {"attention", " matrix products", " norms"} < set(found)
     assert said.count("the time of DiT") == 2
+    a, cpu = torch.ones(512, 512), torch.device("cpu")
+    assert speed.shares(lambda: a @ a, cpu)["matrix products"] > 0.5 < speed.shares(lambda: F.gelu(a), cpu)["GELU"]
 
 
 def test_speed_skips_what_takes_too_long(capsys, monkeypatch):
