@@ -367,8 +367,9 @@ def describe_runs(everything, metric, title, unit):
     """Lines of Markdown: where each row comes from, and the spread over seeds."""
     heads = ["row", "run", "φ of", "step", "seed", "learning rate", title, "measured on", "by code"]
     share = lambda trained: f", φ {trained['lr'] * x:g}" if (x := trained.get("encoder_lr", 1)) != 1 else ""
+    phi = lambda trained: "–" if trained["method"] in (*FRAME_METHODS, "none") else trained.get("encoder", "–")
     lines = ["", *markdown(heads, [
-        [row.name, row.folder, row.trained.get("encoder", "–"), str(row.trained["step"]), str(row.trained["seed"]),
+        [row.name, row.folder, phi(row.trained), str(row.trained["step"]), str(row.trained["seed"]),
          f"{row.trained['lr']:g}{share(row.trained)}", f"{interval(row.each(metric))[0]:.2f}", row.machine,
          row.code[:7]] for row in everything])]
     spreads = [f"{name} {statistics.stdev(x):.2f} ({len(x)} seeds)" for name, x in by_seed(everything, metric).items()
