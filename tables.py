@@ -418,8 +418,10 @@ def plot(path, x, *labels):
         figure.legend(*every[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     for axes in every[len(labels):]:
         axes.remove()
-    with whole_file(path) as part:
-        figure.savefig(part, dpi=130)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=130)
+    with whole_file(path) as part:                                  # few colours: a palette takes a third of the room
+        Image.open(drawn).convert("RGB").quantize(256).save(part, "PNG")
 
 
 def draw_curves(path, rows, everything):
