@@ -132,12 +132,13 @@ def rope(positions, head_dim):
 
 def rotate(x, rotations):
     """Rotate the channel pairs (a, b) = (2j, 2j + 1) of x (B, N, heads, head_dim), float32, to (a cos - b sin,
-    a sin + b cos), with rotations from rope()."""
+    a sin + b cos), with rotations from rope(). Compiled, the result has all first halves of the pairs before all second
+    ones: a product of two vectors so rotated is the same in any order of channels."""
     x = x.unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():       # which fuses these products, but has none of complex numbers
+    if torch.compiler.is_compiling():       # fuses this, but knows no complex numbers
         (a, b), (cos, sin) = x.unbind(-1), rotations.unbind(-1)
-        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
-    # eagerly (a + ib)(cos + i sin) is one kernel instead of seven
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    # (a + ib)(cos + i sin): one kernel instead of seven
     return torch.view_as_real(torch.view_as_complex(x) * torch.view_as_complex(rotations)).flatten(-2)
 
 
@@ -152,7 +153,8 @@ def attend(q, k, v):
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] * k.shape[2] <= 1024**2:
         # SDPA's CPU kernel for bf16, backwards above all, is far below the rate of matrix products:
         # short ones are faster by hand
-        return (q @ (k * q.shape[-1]**-0.5).mT).softmax(-1).type_as(v) @ v
+        weights = (q.contiguous() * q.shape[-1]**-0.5) @ k.contiguous().mT
+        return weights.softmax(-1).type_as(v) @ v.contiguous()
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -215,8 +217,8 @@ class Attention(nn.Module):
 
 
 def modulate(x, shift, scale, sizes):
-    """x (B, N, D) scaled and shifted by (B, P, D) each: its P parts, of so many tokens each, are of one timestep each,
-    so that modulation is computed once for a part, not for a token. Returns what products are computed in."""
+    """x (B, M + N, D) scaled and shifted by (B, P, D) each, one for each of its P parts of these sizes: the tokens of a
+    part have one timestep, so that modulation is computed once for all. Returns what products are computed in."""
     parts = [cast(torch.addcmul(b, y, 1 + a)) for y, b, a in
              zip(x.split(sizes, dim=1), shift.split(1, dim=1), scale.split(1, dim=1))]
     return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
@@ -224,8 +226,9 @@ def modulate(x, shift, scale, sizes):
 
 def add_gated(x, y, gate, sizes):
     """x + gate * y, with gate (B, P, D) as in modulate(). In float32, like the residual stream x."""
-    parts = map(torch.addcmul, x.split(sizes, dim=1), y.split(sizes, dim=1), gate.split(1, dim=1))
-    return torch.cat(list(parts), dim=1) if len(sizes) > 1 else next(parts)
+    parts = [torch.addcmul(a, b, g) for a, b, g in
+             zip(x.split(sizes, dim=1), y.split(sizes, dim=1), gate.split(1, dim=1))]
+    return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
 
 class Block(nn.Module):
