@@ -130,8 +130,8 @@ def training_memory(c, frozen, trained, tokens, gpus, encoder_bytes):
 
 
 def sampling_memory(c, frozen, trained, tokens, pixels):
-    """({what: bytes}, the same of decoding) at batch 1, a LoRA not merged. pixels: of a frame that Wan's VAE decodes, or
-    0. Largest inside a block, as traced, is attention (x and its norm; q, k and v; q and k normalised and rotated in
+    """({what: bytes}, the same of decoding) at batch 1, a LoRA not merged. pixels: of a frame that Wan's VAE decodes,
+    or 0. Largest inside a block, as traced, is attention (x and its norm; q, k and v; q and k normalised and rotated in
     float32) or the feed-forward (x, its norm; before and after GELU, or what a LoRA adds and the sum, in bf16)."""
     context = {"CUDA context (estimate)": CONTEXT * 2**30}
     denoising = {**base_bytes(c, frozen), **trained_bytes(trained),

@@ -9,7 +9,7 @@ import csv
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import numpy as np
 import torch
@@ -30,8 +30,6 @@ from tables import (EvalConfig, compare, describe_machine, describe_runs, expect
                     label, markdown, measure_runs, open_checkpoint, parse_runs, per_clip, plot, question, read_runs,
                     wilson, write_csv, write_table)
 from video import VideoWriter, contact_sheet, contact_strip
-
-SHOWN = 1           # stories in the video
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Generating
@@ -187,6 +185,12 @@ def papers_table(rows):
             "here.)", "", *markdown(heads, lines)] if lines else []
 
 
+def papers_means(paper, metrics):
+    """{(method, rate): the mean of its figures in these of MAIN}, where it has all of them."""
+    found = {row: dict(zip(MAIN, figures)) for row, figures in paper.items()}
+    return {row: fmean(known[m] for m in metrics) for row, known in found.items() if set(metrics) <= set(known)}
+
+
 def describe(rows, everything, config, ceiling):
     """The Markdown file: the table, paired differences, the spread over seeds, and what produced it all.
     ceiling: {score: (n, S)} of the truth after the codec."""
@@ -202,17 +206,16 @@ def describe(rows, everything, config, ceiling):
              + ", ".join(f"{count} for {name}" for name, count in shown.items()) + ", where it is shown and was shown "
              "whole in the history that is still remembered. Hard: the 15 others have the same palette. Obeys: nearest "
              "to the place asked for among the three of the story (chance 33.3; the caption tells it, without memory). "
-             "Position error: of the best match of the whole character. PSNR: against the one right continuation. (Both "
-             "say how well it is drawn, more than what is remembered: a blurred mean of all worlds with the right "
-             "caption has a good PSNR, and scores at chance.) The truth after the codec scores "
+             "Position error: of the best match of the whole character. PSNR: against the one right continuation. "
+             "(Both say how well it is drawn, more than what is remembered: a blurred mean of all worlds with the "
+             "right caption has a good PSNR, and scores at chance.) The truth after the codec scores "
              + ", ".join(f"{ceiling[name].nanmean():.1f} ({name})" for name in MAIN)
              + f", PSNR {ceiling['psnr'].nanmean():.2f} dB.", "", *table(rows), "",
              "`keyframes` stands in for WanI2V + QwenEdit (2p), which needs two other models.", *papers_table(rows)]
     pairs = {"Neighbours in the table": list(zip(rows, rows[1:])), "Expected": expected_pairs(rows, EXPECTED)}
     for title, metrics in (("Neighbours in the table", MAIN), *(("Expected", m) for m in (MAIN, *zip(MAIN)))):
-        theirs = {f"paper's, version {version}": {
-                      row: sum(figures[MAIN.index(m)] for m in metrics) / len(metrics) for row, figures in paper.items()
-                      if len(figures) > MAIN.index(metrics[-1])} for version, paper in ((1, PAPER), (6, PAPER_6))}
+        theirs = {"paper's, version 1": papers_means(PAPER, metrics),
+                  "paper's, version 6": papers_means(PAPER_6, metrics)}
         name = "the mean of the four" if metrics == MAIN else metrics[0]
         lines += compare(f"{title}: difference in {name} on the same stories, percentage points", pairs[title], metrics,
                          theirs, everything)
@@ -255,8 +258,8 @@ def read_table1(path):
         with open(path, newline="", encoding="utf-8") as file:
             return {(c["method"], c["rate"]): float(c["psnr"]) for c in csv.DictReader(file)}
     except (KeyError, TypeError, ValueError, csv.Error):
-        raise UserError(f"{path} is not what eval.py table1 writes (method, rate, psnr, ...): make it again, or move it "
-                        "away") from None
+        raise UserError(f"{path} is not what eval.py table1 writes (method, rate, psnr, ...): make it again, or move "
+                        "it away") from None
 
 
 def draw_claim(path, rows, found):
@@ -276,22 +279,25 @@ def draw_claim(path, rows, found):
     return title
 
 
-def draw_pictures(stem, rows, clips, first, section, fps):
-    """stem.png: the first story's history, what each row wrote, and the truth. stem.mp4: the newest sections of the
-    history of some stories and what follows, side by side."""
-    n, begin = rows[0].pictures.shape[1], first * section
-    names = [row.name.replace(" ", "\n") for row in rows] + ["truth"]
-    truth = torch.stack([clip.pixels[:begin + n] for clip in clips])                       # (k, F, H, W, 3)
-    # what was kept by older versions may be of more stories
-    made = [*(row.pictures[:SHOWN] for row in rows), truth[:, begin:]]
-    contact_strip([("history,\na frame a section", truth[0, section // 2:begin:section]),
-                   *((name, x[0]) for name, x in zip(names, made))], f"{stem}.png")
-    before = 2 * section
-    made = [torch.cat([truth[:, begin - before:begin], x], 1) for x in made]
-    sheets = [contact_sheet([(name, x[:, f]) for name, x in zip(names, made)], ["history" if f < before else
-                             f"section {1 + (f - before) // section}"] * len(truth)) for f in range(before + n)]
-    with VideoWriter(f"{stem}.mp4", fps, *sheets[0].shape[:2], scale=1) as writer:
-        writer.write(np.stack(sheets))
+def draw_pictures(stem, rows, clip, first, section, fps):
+    """stem.png: a story's history, what each row wrote, and the truth. stem.mp4: the newest sections of the history and
+    what follows, side by side."""
+    n, begin, before = rows[0].pictures.shape[1], first * section, 2 * section
+    names, truth = [row.name.replace(" ", "\n") for row in rows] + ["truth"], clip.pixels[:begin + n]   # (F, H, W, 3)
+    made = [*(row.pictures[0] for row in rows), truth[begin:]]      # of an older measurement there may be more stories
+    contact_strip([("history,\na frame a section", truth[section // 2:begin:section]), *zip(names, made)],
+                  f"{stem}.png")
+    made = list(zip(names, (torch.cat([truth[begin - before:begin], x]) for x in made)))
+    columns = [made[i:i + 6] for i in range(0, len(made), 6)]       # 6 below one another fit a screen
+
+    def sheet(f):
+        heading = ["history" if f < before else f"section {1 + (f - before) // section}"]
+        sheets = [contact_sheet([(name, x[f:f + 1]) for name, x in column], heading) for column in columns]
+        pad = lambda x: np.pad(x, ((0, len(sheets[0]) - len(x)), (0, 0), (0, 0)), constant_values=255)
+        return np.concatenate([pad(x) for x in sheets], axis=1)
+    sheets = np.stack([sheet(f) for f in range(before + n)])
+    with VideoWriter(f"{stem}.mp4", fps, *sheets.shape[1:3], scale=1) as writer:
+        writer.write(sheets)
 
 
 def table2(argv):
@@ -302,7 +308,7 @@ def table2(argv):
     codec = make_codec(preset)
     clips = world_clips("held-out", config.clips, preset, codec, config.cache, keep_pixels=True)
     everything = continue_runs(runs, "table2", codec, clips, first, config.sections, config,
-                               lambda made: made[:SHOWN].flatten(1, 2))
+                               lambda made: made[:1].flatten(1, 2))
     true = torch.cat([clip.cut(first * preset.section, (first + config.sections) * preset.section) for clip in clips])
     true = to_frames(codec.decode(true)).unflatten(1, (config.sections, preset.section))
     ceiling = score_sections(true, clips, first)
@@ -312,7 +318,7 @@ def table2(argv):
     write_table(stem, describe(rows, everything, config, ceiling), rows, everything, record,
                 ("consistency", *METRICS[:-1]))
     draw_sections(f"{stem}_sections.png", rows)
-    draw_pictures(stem, rows, clips.clips[:SHOWN], first, preset.section, preset.fps)
+    draw_pictures(stem, rows, clips[0], first, preset.section, preset.fps)
     print(f"wrote {stem}.md, .csv, .png, .mp4, _seeds.csv, _curves.png and _sections.png")
     if found := draw_claim(f"{stem}_claim.png", rows, retrieved):
         print(f"wrote {stem}_claim.png: {found}")
@@ -326,9 +332,9 @@ MOST_ABSENT = 7     # sections
 
 def make_absence_story(seed, absence, sections=10):
     """A world.Story whose only character leaves for the last `absence` of the `sections` and returns in the section
-    after, in a known place. It is shown twice before, whole: first of all, and last before it leaves; the thing is shown
-    meanwhile. The first three sections introduce the places. What is asked for is the same for every absence, and so is
-    how much was shown of the character: to have seen less of it is not to have seen it long ago."""
+    after, in a known place. It is shown twice before, whole: first of all, and last before it leaves; the thing is
+    shown meanwhile. The first three sections introduce the places. What is asked for is the same for every absence, and
+    so is how much was shown of the character: to have seen less of it is not to have seen it long ago."""
     rng, story, shots = np.random.default_rng(seed), world.make_story(seed, 1), []
     for k in range(sections + 1):
         scene, framing = (k, 0) if k < 3 else rng.integers((3, len(world.FRAMINGS))).tolist()

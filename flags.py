@@ -87,8 +87,8 @@ def run_main(main):
         print(f"error: {e}", file=sys.stderr)
         code = 2 if isinstance(e, UserError) else 1
     except torch.OutOfMemoryError as e:
-        print(f"error: {first_line(e)} Train with a smaller --micro_batch, sample with fewer --memory_seconds, or close "
-              "what else runs there", file=sys.stderr)
+        print(f"error: {first_line(e)} Train with a smaller --micro_batch, sample with fewer --memory_seconds, or "
+              "close what else runs there", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         code = 130

@@ -205,8 +205,8 @@ def main():
         raise UserError(f"--save_file {save_file} is the history itself: give another name")
     size, length = history.shape[1:3], preset.section * codec.stride[0]         # frames a section
     writer = VideoWriter(save_file, preset.fps, *size)
-    storyboard = [] if config.init == "random" else storyboard_of(
-        config, len(history) / preset.fps, sections * section_seconds)
+    clip_seconds, seconds = len(history) / preset.fps, sections * section_seconds
+    storyboard = [] if config.init == "random" else storyboard_of(config, clip_seconds, seconds)
     if trained.get("data") == "world":
         check_words(storyboard)
     prompts = make_prompts(preset, config.t5, device if device.type == "cuda" else "cpu")

@@ -28,7 +28,6 @@ READING = 1             # raise it when read_video() makes other frames of a fil
 LONGEST_STILL = 3600    # seconds that one frame may stay: a broken time stamp would fill the memory with copies of it
 VIDEO_SUFFIXES = {".mp4", ".mov", ".webm", ".mkv", ".gif", ".avi", ".m4v"}
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
