@@ -277,11 +277,20 @@ def test_dit_gradient_reaches_memory():
 
 
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_attend_is_softmax_attention_at_any_length(dtype, error):
-    for n in 16, 1100:                                              # short ones in bf16 by hand, others by the kernel
-        q, k, v = (randn(1, 2, n, 8, seed=s).to(dtype) for s in range(3))
-        plain = (q.double() @ k.double().mT / 8**0.5).softmax(-1) @ v.double()
-        assert (attend(q, k, v) - plain).abs().max() < error
+@pytest.mark.parametrize("n, m", [(16, 16), (700, 5), (1500, 1500)])           # in bf16: rows together, alone, in pieces
+def test_attend_is_softmax_attention_at_any_length(n, m, dtype, error):
+    for few in 2**14, model.PIECE:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model, "PIECE", few)
+            q, k, v = (randn(3, 2, x, 8, seed=s).to(dtype).requires_grad_() for s, x in enumerate((n, m, m)))
+            out = attend(q, k, v)
+        exact = [z.detach().double().requires_grad_() for z in (q, k, v)]
+        plain = (exact[0] @ exact[1].mT / 8**0.5).softmax(-1) @ exact[2]
+        assert (out - plain).abs().max() < error
+        out.sum().backward()
+        plain.sum().backward()
+        for z, true in zip((q, k, v), exact):
+            assert (z.grad - true.grad).abs().max() < error * (1 + true.grad.abs().max())
 
 
 @torch.no_grad()
