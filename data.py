@@ -320,7 +320,11 @@ def read_index(path, *keys):
     """The JSON with these keys that `data.py cache` wrote."""
     if not path.is_file():
         raise UserError(f"{path} is missing: run data.py cache again, it makes only what is not there")
-    return parse_json(path.read_bytes(), path, "delete it, then run data.py cache again", *keys)
+    todo = "delete it, then run data.py cache again"
+    index = parse_json(path.read_bytes(), path, todo, *keys)
+    if not isinstance(index.get("files", {}), dict):
+        raise UserError(f"{path} is damaged: {todo}")
+    return index
 
 
 def is_whole(path, size):

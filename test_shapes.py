@@ -1966,7 +1966,8 @@ def test_cache_refuses_what_does_not_fit(tmp_path):
     (shards / "shard-00000.json").write_text(json.dumps(dict(key="a", clips=[], skipped=[], bytes=9)))
     cached(folder, "--captions", folder / "list.jsonl")
     assert len(data.cached_clips(shards, TINY, codec, 16)[0]) == 1
-    for damage in '{"settings": ', "[]", "{}", '{"settings": []}', '{"settings": {}}', '{"settings": {"codec": null}}':
+    for damage in ('{"settings": ', "[]", "{}", '{"settings": []}', '{"settings": {}}', '{"settings": {"codec": null}}',
+                   '{"settings": {}, "files": []}'):
         (shards / "manifest.json").write_text(damage)
         with pytest.raises(UserError, match="manifest.json is damaged"):
             data.cached_clips(shards, TINY, codec, 16)
