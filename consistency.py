@@ -357,7 +357,8 @@ def absence_clips(n, preset, codec, sections):
 
 
 def story(argv):
-    """RUN...: a character leaves and returns; how often are clothes and face right, by seconds of absence?"""
+    """RUN...: a character leaves and returns; how often are clothes and face right, by seconds of absence? (The
+    position error tells whether it is drawn at all.)"""
     folders, config = parse_runs(StoryConfig, story, argv)
     runs = read_runs(folders, "story", "finetune", "story")
     lowest = {}                                                     # of several seeds, that of the curve
@@ -371,23 +372,25 @@ def story(argv):
                                   lambda made: made[:MOST_ABSENT + 1, 0, middle:middle + 1]), []
     seconds = [k * preset.section * codec.stride[0] / preset.fps for k in range(MOST_ABSENT + 1)]
     stem = Path(config.out) / "table2_story"
-    with plot(f"{stem}.png", "absence, s", "cloth, %", "identity, %") as panels:
+    labels = "cloth, %", "identity, %", "position error, pixels"
+    with plot(f"{stem}.png", "absence, s", *labels) as panels:
         for row in rows:
-            by_absence = {name: row.values[name].view(config.clips, -1).T for name in ("cloth", "identity")}
-            ends = {name: [[100 * end for end in wilson((right == 100).sum().item(), config.clips)] for right in x]
-                    for name, x in by_absence.items()}              # right or wrong, a story each
-            for axes, name in zip(panels, by_absence):
-                line, = axes.plot(seconds, by_absence[name].mean(1), marker=".", label=row.name)
-                if len(rows) <= 5:                                  # of more, bands would hide the lines
+            by_absence = {name: row.values[name].view(config.clips, -1).T
+                          for name in ("cloth", "identity", "position_error")}
+            ends = {name: [[100 * end for end in wilson((right == 100).sum().item(), config.clips)]
+                           for right in by_absence[name]] for name in ("cloth", "identity")}    # right or wrong
+            for axes, (name, x) in zip(panels, by_absence.items()):
+                line, = axes.plot(seconds, x.mean(1), marker=".", label=row.name)
+                if len(rows) <= 5 and name in ends:                 # of more, bands would hide the lines
                     axes.fill_between(seconds, *zip(*ends[name]), color=line.get_color(), alpha=0.1, linewidth=0)
             for k, s in enumerate(seconds):
                 r = {"method": row.method, "rate": row.rate, "run": row.folder, "step": row.trained["step"],
                      "seed": row.trained["seed"], "seconds_absent": s, "clips": config.clips}
-                for name, x in by_absence.items():
-                    low, high = ends[name][k]
-                    r |= {name: x[k].mean().item(), f"{name}_low": low, f"{name}_high": high}
+                r |= {name: x[k].mean().item() for name, x in by_absence.items()}
+                for name in ends:
+                    r |= {f"{name}_low": ends[name][k][0], f"{name}_high": ends[name][k][1]}
                 records.append(r)
-        for axes in panels:
+        for axes in panels[:2]:
             axes.axhline(100 / 16, color="grey", linestyle=":", label="chance")
     write_csv(f"{stem}.csv", records)
     truth = clips[0].pixels[None, first * preset.section + middle].expand(MOST_ABSENT + 1, -1, -1, -1)
@@ -396,6 +399,6 @@ def story(argv):
     for r in records:
         print(f"{r['method']:18}{r['rate']:8}step {r['step']}, seed {r['seed']}, {r['seconds_absent']:4g} s absent: "
               + ", ".join(f"{name} {r[name]:5.1f} % ({r[f'{name}_low']:.0f} to {r[f'{name}_high']:.0f})"
-                          for name in ("cloth", "identity")))
+                          for name in ("cloth", "identity")) + f", position error {r['position_error']:.1f} px")
     print(f"{config.clips} stories, {config.steps} Euler steps, guidance {config.guidance:g}, seed {config.seed}; "
           f"wrote {stem}.csv, .png and _strip.png")
