@@ -335,8 +335,9 @@ def compare(title, pairs, metrics, papers, everything):
     if not pairs:
         return []
     lines = ["", f"{title}, with its 95 % interval (bootstrap over clips, 10,000 resamples); decided if p < 0.05 "
-             "(random signs of the clips' differences, two-sided). They tell luck of the clips alone, not of the "
-             "training, which the column of seeds shows; of many rows, one in twenty is decided by chance.", ""]
+             "(random signs of the clips' differences, two-sided; where it and the interval disagree, it decides). They "
+             "tell luck of the clips alone, not of the training, which the column of seeds shows; of many rows, one in "
+             "twenty is decided by chance.", ""]
     cells = []
     for a, b in pairs:
         mean, low, high = bootstrap(sum(a.each(m) - b.each(m) for m in metrics) / len(metrics))
@@ -374,7 +375,7 @@ def describe_runs(everything, metric, title, unit):
          row.code[:7]] for row in everything])]
     spreads = [f"{name} {statistics.stdev(x):.2f} ({len(x)} seeds)" for name, x in by_seed(everything, metric).items()
                if len(x) > 1]
-    return [*lines, "", f"Standard deviation of {title} over training seeds, {unit}: "
+    return [*lines, "", "By code: a hash of the sources that measured it.", "", f"Standard deviation of {title} over training seeds, {unit}: "
             + ("; ".join(spreads) or "one seed only") + "."]
 
 
@@ -428,12 +429,11 @@ def draw_curves(path, rows, everything):
     """PSNR over the steps of every run, from its log; a colour a row, thin for the seeds that are not in the table."""
     trained = everything[0].trained
     what = f"PSNR, dB ({trained['held_out']} clips, {trained['sample_steps']} Euler steps)"
-    points = lambda row: ([step for step, _ in row.curve], [psnr for _, psnr in row.curve])     # a log may have none
     with plot(path, "step", what) as (axes,):
-        for row in (row for row in rows if row.trained):
-            line, = axes.plot(*points(row), marker=".", linewidth=1.6, label=row.name)
-            for one in (one for one in everything if one.name == row.name and one is not row):
-                axes.plot(*points(one), marker=".", linewidth=0.6, color=line.get_color(),
+        for row in (row for row in rows if row.curve):              # a log may have no figures
+            line, = axes.plot(*zip(*row.curve), marker=".", linewidth=1.6, label=row.name)
+            for one in (one for one in everything if one.name == row.name and one is not row and one.curve):
+                axes.plot(*zip(*one.curve), marker=".", linewidth=0.6, color=line.get_color(),
                           linestyle=line.get_linestyle())
 
 
