@@ -78,6 +78,8 @@ from video import VideoWriter, contact_strip, find_videos, read_video, video_inf
 from weights import load_base, load_weights, open_safetensors, wan_name, weight_files
 
 torch.set_num_threads(1)            # everything here is so small that threads only wait for each other
+# on CPUs oneDNN and ideep keep what they compile for each new shape, 1,024 kernels each: tests of memory would measure that
+os.environ |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
 HERE = Path(__file__).resolve().parent
 FIXTURES = HERE.parent / "shared" / "fixtures"
 TINY = Preset(DiTConfig(dim=48, ffn_dim=64, heads=2, layers=1, text_dim=16, text_len=24), "dct", ((32, 32),), fps=2,
