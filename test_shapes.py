@@ -79,7 +79,7 @@ from weights import load_base, load_weights, open_safetensors, wan_name, weight_
 
 torch.set_num_threads(1)            # everything here is so small that threads only wait for each other
 # on CPUs oneDNN and ideep keep what they compile for each new shape, 1,024 kernels each: tests of memory would measure that
-os.environ |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256", "LRU_CACHE_CAPACITY": "256"}
+os.environ |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
 HERE = Path(__file__).resolve().parent
 FIXTURES = HERE.parent / "shared" / "fixtures"
 TINY = Preset(DiTConfig(dim=48, ffn_dim=64, heads=2, layers=1, text_dim=16, text_len=24), "dct", ((32, 32),), fps=2,
@@ -2866,6 +2866,7 @@ def test_story_command(stage2, cache, capsys):
         (method, f"{2.0 * k}") for method in ("none", "proposed") for k in range(8)]
     assert all(float(r["cloth"]) in (0, 100) and float(r["identity"]) in (0, 100) for r in rows)
     assert all(0 <= float(r["cloth_low"]) < float(r["cloth_high"]) <= 100 for r in rows)
+    assert all(0 < float(r["position_error"]) < 32 * 2**0.5 for r in rows)
     assert "14 s absent" in (said := capsys.readouterr().out) and f"step {rows[0]['step']}, seed 0" in said
     with pytest.MonkeyPatch.context() as m:                         # what was measured once is kept
         drawn = []
