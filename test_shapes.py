@@ -2439,7 +2439,8 @@ def runs(cache, tmp_path_factory):
 
 @pytest.mark.parametrize("table, figures", [
     ("table1", {"tokens_per_second": "g", "psnr": ".2f", "ssim": ".3f", "psnr_one_step": ".2f"}),
-    ("table2", {"tokens": "g"} | dict.fromkeys([*scores.MAIN, "consistency"], ".1f"))])
+    *((table, {"tokens": "g"} | dict.fromkeys([*scores.MAIN, "consistency"], ".1f"))
+      for table in ("table2", "drawing/table2"))])
 def test_readme_has_the_figures_of_the_tables(table, figures):
     rows = [[r["method"], r["rate"] or "–",
              *(format(float(r[key]), f) if r[key] else "–" for key, f in figures.items())]
