@@ -382,7 +382,7 @@ def story(argv):
                            for right in by_absence[name]] for name in ("cloth", "identity")}    # right or wrong
             for axes, (name, x) in zip(panels, by_absence.items()):
                 line, = axes.plot(seconds, x.mean(1), marker=".", label=row.name)
-                if len(rows) <= 5 and name in ends:                 # of more, bands would hide the lines
+                if len(rows) <= 6 and name in ends:                 # of more, bands would hide the lines
                     axes.fill_between(seconds, *zip(*ends[name]), color=line.get_color(), alpha=0.1, linewidth=0)
             for k, s in enumerate(seconds):
                 r = {"method": row.method, "rate": row.rate, "run": row.folder, "step": row.trained["step"],
