@@ -156,16 +156,15 @@ def attend(q, k, v):
     weights = q.shape[:3].numel() * k.shape[2]
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or weights > 2**28 and torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v)
-    # SDPA's CPU kernel for bf16 has half the speed of products by hand, if these are of pieces so small that the weights
-    # stay in the processor's cache. But the backward pass needs them all: where they are too many, SDPA
+    # SDPA's CPU kernel for bf16 has half the speed of products by hand, if these are of pieces so small that their
+    # weights stay in the processor's cache. But the backward pass needs them all: where they are too many, SDPA
     by_hand = lambda q, k, v: ((q * q.shape[-1]**-0.5) @ k.mT).softmax(-1).type_as(v) @ v
     if torch.compiler.is_compiling():
         return by_hand(q, k, v)
-    row, rows = weights // len(q), []                                           # weights of one row of the batch
+    row = weights // len(q)                                                     # weights of one row of the batch
     n_rows, n_queries = max(1, PIECE // row), max(16, PIECE * q.shape[2] // row)
-    for q, k, v in zip(*(z.contiguous().split(n_rows) for z in (q, k, v))):
-        rows.append(torch.cat([by_hand(x, k, v) for x in q.split(n_queries, dim=2)], dim=2))
-    return torch.cat(rows)
+    return torch.cat([torch.cat([by_hand(x, k, v) for x in q.split(n_queries, dim=2)], dim=2)
+                      for q, k, v in zip(*(z.contiguous().split(n_rows) for z in (q, k, v)))])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

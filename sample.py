@@ -204,9 +204,8 @@ def main():
     if save_file.resolve() == Path(config.history).resolve():
         raise UserError(f"--save_file {save_file} is the history itself: give another name")
     size, length = history.shape[1:3], preset.section * codec.stride[0]         # frames a section
-    writer = VideoWriter(save_file, preset.fps, *size)
-    clip_seconds, seconds = len(history) / preset.fps, sections * section_seconds
-    storyboard = [] if config.init == "random" else storyboard_of(config, clip_seconds, seconds)
+    writer, clip_seconds = VideoWriter(save_file, preset.fps, *size), len(history) / preset.fps
+    storyboard = [] if config.init == "random" else storyboard_of(config, clip_seconds, sections * section_seconds)
     if trained.get("data") == "world":
         check_words(storyboard)
     prompts = make_prompts(preset, config.t5, device if device.type == "cuda" else "cpu")

@@ -335,9 +335,9 @@ def compare(title, pairs, metrics, papers, everything):
     if not pairs:
         return []
     lines = ["", f"{title}, with its 95 % interval (bootstrap over clips, 10,000 resamples); decided if p < 0.05 "
-             "(random signs of the clips' differences, two-sided; where it and the interval disagree, it decides). They "
-             "tell luck of the clips alone, not of the training, which the column of seeds shows; of many rows, one in "
-             "twenty is decided by chance.", ""]
+             "(random signs of the clips' differences, two-sided; where it and the interval disagree, it decides). "
+             "They tell luck of the clips alone, not of the training, which the column of seeds shows; of many rows, "
+             "one in twenty is decided by chance.", ""]
     cells = []
     for a, b in pairs:
         mean, low, high = bootstrap(sum(a.each(m) - b.each(m) for m in metrics) / len(metrics))
@@ -375,8 +375,8 @@ def describe_runs(everything, metric, title, unit):
          row.code[:7]] for row in everything])]
     spreads = [f"{name} {statistics.stdev(x):.2f} ({len(x)} seeds)" for name, x in by_seed(everything, metric).items()
                if len(x) > 1]
-    return [*lines, "", "By code: a hash of the sources that measured it.", "", f"Standard deviation of {title} over training seeds, {unit}: "
-            + ("; ".join(spreads) or "one seed only") + "."]
+    return [*lines, "", "By code: a hash of the sources that measured it.", "",
+            f"Standard deviation of {title} over training seeds, {unit}: {'; '.join(spreads) or 'one seed only'}."]
 
 
 def write_csv(path, records):

@@ -78,7 +78,7 @@ from video import VideoWriter, contact_strip, find_videos, read_video, video_inf
 from weights import load_base, load_weights, open_safetensors, wan_name, weight_files
 
 torch.set_num_threads(1)            # everything here is so small that threads only wait for each other
-# on CPUs oneDNN and ideep keep what they compile for each new shape, 1,024 kernels each: tests of memory would measure that
+# oneDNN and ideep keep what they compile for each new shape, 1,024 kernels each: tests of memory would measure that
 os.environ |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
 HERE = Path(__file__).resolve().parent
 FIXTURES = HERE.parent / "shared" / "fixtures"
@@ -279,7 +279,7 @@ def test_dit_gradient_reaches_memory():
 
 
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("n, m", [(16, 16), (700, 5), (1500, 1500)])           # in bf16: rows together, alone, in pieces
+@pytest.mark.parametrize("n, m", [(16, 16), (700, 5), (1500, 1500)])            # bf16: rows together, alone, in pieces
 def test_attend_is_softmax_attention_at_any_length(n, m, dtype, error):
     for few in 2**14, model.PIECE:
         with pytest.MonkeyPatch.context() as patch:
