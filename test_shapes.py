@@ -7,6 +7,7 @@ import base64
 import contextlib
 import csv
 import dataclasses
+import faulthandler
 import hashlib
 import http.server
 import importlib.util
@@ -3677,6 +3678,7 @@ class Processes:
             for s in signal.SIGINT, signal.SIGTERM:
                 signal.signal(s, signal.SIG_DFL if s == signal.SIGTERM else signal.default_int_handler)
             sys.stdout = sys.stderr = self.files[rank].open("w", buffering=1)
+            faulthandler.dump_traceback_later(100, file=sys.stderr)             # wait() kills after 120 s: say where
             if world > 1:
                 os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_PORT=str(port),
                                   MASTER_ADDR="127.0.0.1")
