@@ -1,130 +1,159 @@
 """Stage 2: fine-tune φ and the DiT to generate the next section, given a clean history of varying length.
 
-The same loss as stage 1 with another target (paper, section 3.2, equation 2):
+The loss of stage 1 with another target (paper, section 3.2, equation 2):
 
     ‖(ε - X_0) - G_θ(X_t, t, c, φ(H))‖²         X_0: the section that follows H; c: its prompt
 
     python finetune.py                            φ from runs/pretrain, the DiT from the base again
     python finetune.py --method none --init random         the base: the DiT alone, from prompts, in runs/base
 """
+
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from encoder import FRAME_METHODS
-from flags import parse_flags, run_main
-from model import UserError
+from encoder import find_method
 from pretrain import Batch, Config, check, collate, downsample, generator, noise_level, setup, train
-from weights import load_weights, read_metadata
+from util.cli import UserError, parse_flags, run_main
+from util.weights import load_weights, read_config
 
 
 @dataclass
 class FinetuneConfig(Config):
-    out: str = None               # run folder [runs/finetune; runs/base for --method none]
-    encoder: str = "runs/pretrain"     # a run of either stage whose φ is taken; "none": a fresh one
+    out: str = None  # run folder [runs/finetune; runs/base for --method none]
+    encoder: str = "runs/pretrain"  # a run of either stage whose φ is taken; "none": a fresh one
     freeze_encoder: bool = False  # keep φ as it is (the paper's ablation)
-    t_mean: float = None          # noise levels that the DiT trains on: sigmoid of N(t_mean, t_std) [the preset's]
-    t_std: float = None           # their spread [the preset's]
-    text_drop: float = 0.1        # share of samples without a prompt, for classifier-free guidance
+    t_mean: float = None  # noise levels that the DiT trains on: sigmoid of N(t_mean, t_std) [the preset's]
+    t_std: float = None  # their spread [the preset's]
+    text_drop: float = 0.1  # share of samples without a prompt, for classifier-free guidance
 
 
-def starts(tools, clip, sections, waiting):
-    """First frames of the targets that may follow a history of so many sections and waiting frames."""
-    section, lone = tools.preset.section, int(tools.codec.causal)
-    least = lone + sections * section + waiting
-    # a causal codec's first latent is unlike all others, so that its history begins where the clip does
-    return [b for b in clip.targets(sections, section) if (b == least if lone else b >= least)]
+# ---------------------------------------------------------------------------------------------------------------------
+# What to denoise
 
 
-def possible_lengths(tools, clips, waiting):
-    """Whole sections of history, beside so many waiting frames, after which every clip has a target."""
-    most = (tools.preset.history - int(tools.codec.causal) - waiting) // tools.preset.section
-    return [n for n in range(1, most + 1) if all(starts(tools, clip, n, waiting) for clip in clips)]
+def section_starts(base, clip, sections, waiting):
+    """First frames of the targets that may follow a history of so many whole sections and waiting frames."""
+    lone = int(base.codec.causal)
+    least = lone + sections * base.section + waiting
+    # a causal codec's first latent is unlike all others, so its history begins where the clip does
+    return [b for b in clip.targets(sections, base.section) if (b == least if lone else b >= least)]
 
 
-def draw_continuation(config, tools, clips, rows, step, longest=False):
-    """Stage 2: a history of one length a batch, all that the next section asks for seen in it; the target is that
-    section. clips: the global batch; rows: those to return. longest: for figures, the longest history.
+def possible_lengths(base, clips, waiting):
+    """Numbers of whole sections of history, beside so many waiting frames, after which every clip has a target."""
+    most = (base.history - int(base.codec.causal) - waiting) // base.section
+    return [n for n in range(1, most + 1) if all(section_starts(base, clip, n, waiting) for clip in clips)]
 
-    In more than a third of the batches histories do not end with a whole segment: their last frames wait uncompressed,
-    and their segments straddle the cuts, as they do when one's own clip is continued. With a causal codec all segments
-    are whole, as in sample.py: what waits would be more tokens than all of φ.
+
+def draw_continuation(config, base, encoder, clips, rows, step, longest=False):
+    """Stage 2: the target is the section after a history in which all that it asks for was seen.
+
+    Histories of a batch have one length. clips: the global batch; rows: those to return; longest: for validation, take
+    the longest history.
+
+    In more than a third of the batches histories do not end with a whole segment: their last frames wait uncompressed, and
+    their segments straddle the cuts, as when a clip of your own is continued. With a causal codec all segments are whole,
+    as in sample.py: waiting frames would be more tokens than all of φ.
     """
-    section, lone = tools.preset.section, int(tools.codec.causal)
-    g = generator(config.seed, step)
-    waiting = int(torch.randint(section, (), generator=g)) * int(torch.randint(2, (), generator=g))
+    lone, g = int(base.codec.causal), generator(config.seed, step)
+    waiting = int(torch.randint(base.section, (), generator=g)) * int(torch.randint(2, (), generator=g))
     if lone or longest:
         waiting = 0
-    lengths = possible_lengths(tools, clips, waiting)
-    if not lengths:                                                 # too short or too particular a clip for that
-        waiting, lengths = 0, possible_lengths(tools, clips, 0)
+    lengths = possible_lengths(base, clips, waiting)
+    if not lengths:  # too short or too particular a clip for that
+        waiting, lengths = 0, possible_lengths(base, clips, 0)
     length = lengths[-1] if longest else lengths[int(torch.randint(len(lengths), (), generator=g))]
-    parts = []
+    batches = []
     for row in rows:
         clip, g = clips[row], generator(config.seed, step, row)
-        choices = starts(tools, clip, length, waiting)
+        choices = section_starts(base, clip, length, waiting)
         begin = choices[int(torch.randint(len(choices), (), generator=g))]
-        text = clip.text(begin, tools.prompts) if torch.rand((), generator=g) >= config.text_drop else None
-        parts.append(ask(tools, clip, begin - length * section - waiting - lone, begin, text,
-                         noise_level(config, step, row), g))
-    return collate(parts)
+        text = clip.text(begin, base.prompts) if torch.rand((), generator=g) >= config.text_drop else None
+        first = begin - length * base.section - waiting - lone
+        batches.append(section_batch(base, encoder, clip, first, begin, text, noise_level(config, step, row), g))
+    return collate(batches)
 
 
-def ask(tools, clip, first, begin, text, t, g):
-    """A batch of one: the section that begins at latent frame `begin`, after the history from `first` on.
-    text: (1, L, text_dim), or None for no prompt; t: (1,) noise level."""
-    section = tools.preset.section
-    hr, target = clip.cut(first, begin), clip.cut(begin, begin + section)       # (1, C, F, H, W)
-    frames = torch.arange(begin - first, begin - first + section)[None].float()
-    return Batch(hr, downsample(tools, hr), target, frames, torch.randn(target.shape, generator=g),
-                 t, tools.prompts("")[None] if text is None else text,
-                 clip.truth(torch.arange(begin, begin + section)))
+def section_batch(base, encoder, clip, first, begin, text, t, g):
+    """A batch of one row: the section that begins at latent frame `begin`, after the history from `first` on.
+
+    text: (1, L, text_dim), or None for no prompt; t: (1,) noise level.
+    """
+    end = begin + base.section
+    high, target = clip.cut(first, begin), clip.cut(begin, end)  # (1, C, F, H, W)
+    times = torch.arange(begin - first, end - first)[None].float()
+    noise = torch.randn(target.shape, generator=g)
+    text = base.prompts("")[None] if text is None else text
+    truth = clip.truth(torch.arange(begin, end))
+    return Batch(high, downsample(base, encoder, high), target, times, noise, t, text, truth)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Start
 
 
 def encoder_file(config):
-    """The weights of --encoder; refuses a run of another preset, method or rate. None for a fresh φ, one of a method
-    without stage 1, or none at all."""
-    if config.method in (*FRAME_METHODS, "none") or config.encoder == "none":
+    """The weights of --encoder, or None for a fresh φ. Raises UserError for a run of another preset, method or rate."""
+    if not find_method(config.method).has_stage1 or config.encoder == "none":
         return None
     path = Path(config.encoder)
     if not path.exists():
         raise UserError(f"--encoder {config.encoder} is not there: run pretrain.py first, or give none for a fresh φ")
     path = path / "model.safetensors" if path.is_dir() else path
-    theirs = read_metadata(path)
+    theirs = read_config(path)
     for key in ("preset", "method", "rate"):
         if theirs.get(key) != getattr(config, key):
-            raise UserError(f"--encoder {config.encoder} has --{key} {theirs.get(key)}, "
-                            f"but {getattr(config, key)} is asked for")
+            raise UserError(
+                f"--encoder {config.encoder} has --{key} {theirs.get(key)}, but {getattr(config, key)} is asked for"
+            )
     return path
 
 
-def main():
-    """Check the flags, build model and data, put φ of stage 1 into it, train."""
-    config = parse_flags(FinetuneConfig, __doc__)
-    check(config)
-    if config.method in (*FRAME_METHODS, "none") and config.encoder not in (FinetuneConfig.encoder, "none"):
+def load_encoder(encoder, path, device):
+    """Read φ from a run of either stage, and say what it is: it may have stopped early."""
+
+    def rename(name):
+        return name.removeprefix("encoder.") if name.startswith("encoder.") else None
+
+    load_weights(encoder, [path], rename, device=device)
+    trained = read_config(path)
+    return f"φ: {path}, of {trained['stage']}.py, step {trained.get('step')} of {trained.get('steps')}"
+
+
+def check_encoder(config):
+    """Refuse flags of φ that contradict each other. Raises UserError."""
+    has_stage1 = find_method(config.method).has_stage1
+    if not has_stage1 and config.encoder not in (FinetuneConfig.encoder, "none"):
         raise UserError(f"--encoder {config.encoder}: --method {config.method} has no φ of stage 1; drop it")
-    config.out = config.out or ("runs/base" if config.method == "none" else "runs/finetune")
     if config.freeze_encoder and config.method == "none":
         raise UserError("--freeze_encoder --method none: there is no memory encoder to freeze; drop one of the two")
     if config.freeze_encoder and config.encoder == "none":
-        raise UserError("--freeze_encoder --encoder none: a fresh φ that is never trained tells nothing; drop one of "
-                        "the two")
-    resumed = config.resume and (Path(config.out) / "state.pt").is_file()       # then φ comes from there
-    encoder = None if resumed else encoder_file(config)
-    model, clips, held_out, tools = setup(config)
-    if encoder:
-        ours = lambda name: name.removeprefix("encoder.") if name.startswith("encoder.") else None
-        load_weights(model.encoder, [encoder], ours, device=tools.device)
-        if tools.rank == 0:
-            trained = read_metadata(encoder)                        # it may have stopped early: say so
-            print(f"φ: {encoder}, of {trained['stage']}.py, step {trained.get('step')} of {trained.get('steps')}")
+        raise UserError(
+            "--freeze_encoder --encoder none: a fresh φ that is never trained tells nothing; drop one of the two"
+        )
+
+
+def main():
+    config = parse_flags(FinetuneConfig, __doc__)
+    check(config)
+    check_encoder(config)
+    config.out = config.out or ("runs/base" if config.method == "none" else "runs/finetune")
+    resumed = config.resume and (Path(config.out) / "state.pt").is_file()  # then φ comes from there
+    path = None if resumed else encoder_file(config)
+    model, base, processes, clips, held_out = setup(config)
+    if path:
+        loaded = load_encoder(model.encoder, path, processes.device)
+        if processes.rank == 0:
+            print(loaded)
     if config.freeze_encoder:
         model.encoder.requires_grad_(False)
-    train(config, "finetune", draw_continuation, model, clips, held_out, tools, replace(config, text_drop=0.0),
-          partial(draw_continuation, longest=True))
+    draw = partial(draw_continuation, config, base, model.encoder)
+    prompted = replace(config, text_drop=0.0)
+    draw_held_out = partial(draw_continuation, prompted, base, model.encoder, longest=True)
+    train(config, "finetune", model, base, processes, clips, held_out, draw, draw_held_out)
 
 
 if __name__ == "__main__":

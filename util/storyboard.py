@@ -1,10 +1,11 @@
 """Storyboards: prompts by time."""
+
 import json
 import math
 import re
 from pathlib import Path
 
-from model import UserError
+from util.cli import UserError
 
 TIMESTAMP = re.compile(r"(\d+\.?\d*)\s*s\s*:\s*(.*)", re.DOTALL)
 MEANT_AS_TIMESTAMP = re.compile(r"[-+]?[\d.,:]+\s*(s|secs?|seconds?|m|mins?|ms)\s*:", re.IGNORECASE)
@@ -25,8 +26,10 @@ def parse_storyboard(text_or_path):
     try:
         content = Path(text).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"storyboard {text} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}): "
-                        "give a .txt or .json file, or the prompt itself") from None
+        raise UserError(
+            f"storyboard {text} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}): "
+            "give a .txt or .json file, or the prompt itself"
+        ) from None
     if suffix == ".json":
         return _parse_json(content, text)
     return _parse_text("\n".join("" if s.lstrip().startswith("#") else s for s in content.splitlines()), text)
@@ -34,8 +37,12 @@ def parse_storyboard(text_or_path):
 
 def _parse_text(text, where):
     """Text of the grammar above -> list of (seconds, prompt); `where` names it in errors."""
-    entries = [(i + 1, part.strip()) for i, line in enumerate(text.splitlines())
-               for part in re.split(r"(?:^|\s)/(?=\s|$)", line) if part.strip()]
+    entries = [
+        (i + 1, part.strip())
+        for i, line in enumerate(text.splitlines())
+        for part in re.split(r"(?:^|\s)/(?=\s|$)", line)
+        if part.strip()
+    ]
     stamps = [TIMESTAMP.fullmatch(part) for _, part in entries]
     if not any(stamps) and not any(MEANT_AS_TIMESTAMP.match(part) for _, part in entries):
         prompt = " ".join(text.split())

@@ -1,0 +1,17 @@
+"""The bases: what a pretrained video model brings. One base, one file or two; a new one is a file and a line here."""
+
+from bases import nano, wan
+from util.cli import UserError
+
+BASES = {name: module for module in (nano, wan) for name in module.PRESETS}
+
+
+def open_base(name, vae="", t5="", device="cpu"):
+    """The Base of this name.
+
+    vae, t5: local folders of its codec's and its text encoder's weights, if it has any; without them everything works
+    but encoding and decoding pixels, and prompts. device: where these two run.
+    """
+    if name not in BASES:
+        raise UserError(f"--preset {name}: choose one of {', '.join(BASES)}")
+    return BASES[name].open_base(name, vae, t5, device)

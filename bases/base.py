@@ -1,0 +1,125 @@
+"""What every base has: sizes, defaults, a codec, prompts, and how the weights of its DiT are read and written."""
+
+from dataclasses import dataclass
+
+import torch
+
+from bases.lora import add_lora, merge_lora
+from bases.names import comfy_name, wan_name
+from model import DiTConfig
+from util.device import compute_dtype
+from util.weights import load_weights, own_config, weight_files
+
+
+@dataclass
+class Base:
+    name: str  # --preset
+    dit: DiTConfig
+    codec: object  # pixels <-> latents: a Codec
+    prompts: (
+        object  # prompts(text) -> (L, text_dim); has `length` (L) and `settings`, what a cache of prompts depends on
+    )
+    sizes: tuple  # (height, width) of the aspect-ratio buckets, pixels; the first is the default
+    fps: float  # frames per second
+    section: int  # latent frames generated at once = encoded at once
+    history: int  # latent frames of history, about 20 s
+    widths: tuple  # channels of the memory encoder's convolutions
+    rate: str = "4x4x2"  # compression of the history, rows x columns x frames, on the DiT's token grid
+    lora: int = 0  # rank of the trained update of a frozen DiT; 0: the whole DiT is trained
+    optimizer: str = "muon"  # muon or adamw, see util/optim.py
+    lr: float = 0.04  # its peak learning rate
+    recompute: bool = False  # compute activations again in the backward pass: a third more time, far less memory
+    # frames of a nano section are so alike that prompt and memory are needed only near t = 1: go there often
+    t_mean: float = 2.5  # noise levels of the base and of stage 2: sigmoid of N(t_mean, t_std)
+    t_std: float = 2.0
+    steps: int = 20  # sampler steps
+    guidance: float = 1.5  # classifier-free guidance
+    shift: float = 3.0  # timestep shift
+    needs_cache: bool = False  # its codec is too large to encode videos while training: it trains on a cache of latents
+
+    rename = staticmethod(wan_name)  # a tensor's name in others' files -> its name in the DiT
+
+    def load_dit(self, dit, path, device="cpu", frozen=False):
+        """Read the DiT's weights: official or diffusers' naming, one file or shards, or a checkpoint of this project.
+
+        float32, or as frozen_dtype() says. Raises UserError; nothing is changed unless everything fits.
+        """
+        dtype = frozen_dtype(device) if frozen else lambda name, tensor: torch.float32
+        files = weight_files(path)
+        own = own_config(files[0]) is not None  # of our own checkpoints, take the DiT alone
+
+        def rename(name):
+            return None if own and name.startswith("encoder.") else self.rename(name)
+
+        load_weights(dit, files, rename, device=device, dtype=dtype)
+
+    def cast_frozen(self, dit, device):
+        """Cast a DiT of random weights to the dtypes of a loaded, frozen one."""
+        dtype = frozen_dtype(device)
+        for name, p in dit.named_parameters():
+            p.data = p.data.to(dtype(name, p))
+
+    def add_lora(self, dit, rank):
+        """Freeze the DiT and put a LoRA of this rank beside the linear layers of its blocks."""
+        add_lora(dit, rank)
+
+    def merge_lora(self, dit):
+        """Add the LoRA to the weights."""
+        merge_lora(dit)
+
+    def exports(self, tensors):
+        """{file name: {name: tensor}} of what others can read, from a checkpoint's tensors: its LoRA, for ComfyUI."""
+        lora = {comfy_name(name): tensor for name, tensor in tensors.items() if ".lora_" in name}
+        return {"lora.safetensors": lora} if lora else {}
+
+
+class Codec:
+    """Pixels (B, 3, F, H, W) in [-1, 1] <-> latents (B, C, f, h, w). What all codecs have; these defaults fit one that
+    needs no weights and treats every frame alone."""
+
+    channels: int  # C
+    stride: tuple  # pixels per latent: frames, rows, columns
+    causal = False  # its first latent is one frame, encoded alone
+    averages = slice(None)  # latent channels that mean the same at every scale: the LR branch begins with these
+    decodes = True  # False where its weights are not at hand
+    large = False  # True: the DiT has to make room while it decodes
+    settings: list  # what a cache of latents depends on; None for weights that are not at hand
+
+    def encode(self, pixels):
+        """(B, 3, F, H, W) -> (B, C, f, h, w)."""
+        raise NotImplementedError
+
+    def decode(self, latents):
+        """A whole video from its beginning: (B, C, f, h, w) -> (B, 3, F, H, W)."""
+        raise NotImplementedError
+
+    def downsample(self, latents, rate):
+        """Latents of the video made smaller by the rate (t, h, w), for the LR branch:
+        (B, C, F, H, W) -> (B, C, F/t, H/h, W/w), padded up to whole tokens by replication."""
+        raise NotImplementedError
+
+    def frames(self, n):
+        """The most frames, out of n, that are whole latents."""
+        return n
+
+    def decoder(self):
+        """A function that decodes a video piece by piece."""
+        return self.decode
+
+    def show(self, history, target, times):
+        """Pixels (B, 3, F', H, W) of latents `target` (B, C, F', h, w) at `times` (B, F') of a history."""
+        return self.decode(target)
+
+    def memory(self, pixels):
+        """({what: bytes} while the DiT denoises, {what: bytes} while the codec decodes) frames of so many pixels."""
+        return {}, {}
+
+
+def frozen_dtype(device):
+    """dtype(name, tensor) for a DiT that is not trained: compute dtype for its blocks' matrices, 98 % of it; float32
+    for the rest, as in Wan's own mixed precision."""
+
+    def dtype(name, tensor):
+        return compute_dtype(device) if name.startswith("blocks.") and tensor.ndim == 2 else torch.float32
+
+    return dtype

@@ -1,0 +1,82 @@
+"""Stories as clips to train on: drawn, encoded and cached."""
+
+import hashlib
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from dolls.drawing import render
+from dolls.stories import BUILDS, CAPTION_WORDS, FRAMINGS, KINDS, SHAPES, SLOTS, make_story, world_seed
+from util.cli import UserError
+from util.files import atomic_write
+from util.video import to_pixels
+from util.weights import open_safetensors
+
+# Raise it whenever a story or its picture changes (stories.py, drawing.py): cached latents are then made again.
+WORLD_VERSION = 1
+HISTORY_SECTIONS = 10  # sections of a story that serve as history
+STORY_SECTIONS = 13  # with three more to continue them
+UNKNOWN_WORDS = (
+    "this model has never seen {}; it knows captions like "
+    '"beach wide tall person left to right with ball nowhere to nowhere"'
+)
+
+
+def story_pixels(split, index, base):
+    """A Story and its frames, uint8 (F, H, W, 3), at the first size of a base."""
+    story = make_story(world_seed(split, index), STORY_SECTIONS)
+    return story, render(story, None, base.section, *base.sizes[0])[0]
+
+
+def encode_story(split, index, base):
+    """Latents (C, F, h, w) float16 of a story."""
+    pixels = story_pixels(split, index, base)[1]
+    return base.codec.encode(to_pixels(pixels)[None])[0].half()
+
+
+def load_latents(split, count, base, cache):
+    """Latents (count, C, F, h, w) float16 of the first stories of a split, drawn and encoded unless they are cached.
+
+    The name of the cache file depends on everything the latents depend on. Raises UserError if the file is damaged.
+    """
+    settings = (WORLD_VERSION, base.sizes[0], base.section, base.codec.settings, STORY_SECTIONS)
+    digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
+    path = Path(cache) / f"world-{split}-{count}-{digest}.safetensors"
+    if not path.exists():
+        latents = [encode_story(split, i, base) for i in tqdm(range(count), desc=f"drawing {split} stories")]
+        with atomic_write(path) as part:
+            save_file({"latents": torch.stack(latents)}, part)
+    try:
+        with open_safetensors(path) as f:
+            return f.get_tensor("latents")
+    except (UserError, SafetensorError):
+        raise UserError(f"{path} is damaged: delete it, then it is made again") from None
+
+
+def load_stories(split, count, base, cache, keep_pixels=False):
+    """The first `count` stories of a split ("train" or "held-out"), one dict per story:
+
+    latents (C, F, h, w) float16; storyboard [(first latent frame, prompt)]; pixels uint8 (F, H, W, 3), or None unless
+    keep_pixels; story, the Story.
+    """
+    clips = []
+    for i, latents in enumerate(load_latents(split, count, base, cache)):
+        story = make_story(world_seed(split, i), STORY_SECTIONS)
+        storyboard = [(k * base.section, story.caption(k)) for k in range(STORY_SECTIONS)]
+        pixels = torch.from_numpy(story_pixels(split, i, base)[1]) if keep_pixels else None
+        clips.append(dict(latents=latents, storyboard=storyboard, pixels=pixels, story=story))
+    return clips
+
+
+def unknown_words(prompts):
+    """The words of some prompts that are in no caption, in order, without duplicates; UNKNOWN_WORDS is the warning.
+
+    A model trained on stories alone has never seen them.
+    """
+    known = {*KINDS, *FRAMINGS, *BUILDS, *SHAPES, *SLOTS, *CAPTION_WORDS}
+    words = dict.fromkeys(word for prompt in prompts for word in re.findall(r"\w+", prompt.lower()))
+    return [word for word in words if word not in known]

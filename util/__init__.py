@@ -1,0 +1,1 @@
+"""What any training needs and no reader asks for: command line, checkpoints, processes, optimizers, video files."""

@@ -1,0 +1,260 @@
+"""A cache of latents: a folder of videos encoded once, to train on. `python data.py cache` writes it.
+
+OUT/windows/KEY-N.safetensors   a window of a 20 s history and a section: latents, prompts. KEY begins the hash of all
+                                it depends on: a name never comes to stand for other content while a training reads it
+OUT/videos/ID.json              what was made of one video, or why it was skipped; as long as its key is right, it is
+                                not made again. ID begins the hash of the video's name
+OUT/manifest.json               what a complete cache holds; written last
+"""
+
+import functools
+import hashlib
+import json
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from util.cli import UserError, warn
+from util.files import atomic_write, file_hash, parse_json, remove_leftovers
+from util.folder import check_skipped, find_videos, name_digest, nearest_size, warn_past_end
+from util.storyboard import parse_entries, prompt_at, storyboard_beside
+from util.video import READING, read_video, to_pixels, video_info
+from util.weights import open_safetensors
+
+# Raise it when a change makes other latents or embeddings of a file, or other files of them: caches are then made again.
+# (For read_video() raise READING.)
+VERSION = 2
+
+
+def cache_settings(base):
+    """What the windows of a cache depend on, apart from the videos and prompts themselves."""
+    settings = dict(version=VERSION, codec=base.codec.settings, fps=base.fps, sizes=base.sizes)
+    settings |= dict(section=base.section, history=base.history, reading=READING)
+    return json.loads(json.dumps(settings))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def read_manifest(folder, base):
+    """{video: [(file, frames, height, width) of each of its windows]} of a complete cache made for this base.
+
+    Raises UserError.
+    """
+    folder, path = Path(folder), Path(folder) / "manifest.json"
+    advice = "delete it, then run data.py cache again"
+    manifest = parse_json(path.read_bytes(), path, advice, "settings", "videos")
+    theirs, videos = manifest["settings"], manifest["videos"]
+    if not isinstance(theirs, dict) or not isinstance(videos, dict):
+        raise UserError(f"{path} is damaged: {advice}")
+    ours = cache_settings(base) | {"prompts": base.prompts.settings}
+    for key, value in ours.items():
+        if not agrees(value, theirs.get(key)):
+            raise UserError(
+                f"--data {folder} was cached with {key} {theirs.get(key)}, not {value}: give the preset that it was made "
+                "for, or run data.py cache again"
+            )
+    found = {}
+    for video, windows in videos.items():
+        found[video] = [(folder / "windows" / name, *shape) for name, _, *shape in windows]
+        for (file, *_), (_, size, *_) in zip(found[video], windows):
+            if not is_complete(file, size):
+                raise UserError(
+                    f"{file} is missing or cut short: run data.py cache again, it makes only what is not there"
+                )
+    return found
+
+
+def agrees(ours, theirs):
+    """Equal, or unknown here: None stands for weights that are not at hand."""
+    if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
+        return all(agrees(a, b) for a, b in zip(ours, theirs))
+    return ours is None or ours == theirs
+
+
+def is_complete(path, size):
+    """Is this file there, with all of its bytes?"""
+    return path.is_file() and path.stat().st_size == size
+
+
+def open_window(path):
+    """Open a window of a cache for reading. Raises UserError if it is gone or damaged."""
+    try:
+        return open_safetensors(path)
+    except (UserError, SafetensorError):
+        found = "damaged: delete it," if path.is_file() else "gone (was the cache made again?):"
+        raise UserError(f"{path} is {found} run data.py cache, then train on with --resume") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Captions
+
+
+def read_captions(path):
+    """{video: storyboard} of a JSONL file. Raises UserError naming the line."""
+    captions = {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # a caption may hold U+2028
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"--captions {path} cannot be read: give a JSONL file in UTF-8") from None
+    for n, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            board = entry["storyboard"] if "storyboard" in entry else [[0, entry["caption"]]]
+            name = entry["video"] + ""  # not null or a number
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise UserError(f'{path}, line {n}: expected {{"video": "a.mp4", "caption": "a text"}}') from None
+        if name in captions:
+            raise UserError(f"{path}, line {n}: {name} stands on an earlier line too: give each video one line")
+        captions[name] = parse_entries(board, f"{path}, line {n}")
+    return captions
+
+
+def find_captions(folder, captions_file, names):
+    """{video: storyboard} of --captions. Warns of captions that belong to no video; refuses them if that is so for all."""
+    captions = read_captions(captions_file)
+    unknown = captions.keys() - set(names)
+    if unknown and len(unknown) == len(captions):
+        raise UserError(
+            f"--captions {captions_file} names no video of {folder}: it has {min(unknown)}, where a path inside that "
+            "folder is expected"
+        )
+    if unknown:
+        warn(f"{len(unknown)} captions belong to no video of {folder}, such as {min(unknown)}")
+    return captions
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_cache(videos, out, captions_file, base, processes):
+    """Encode the videos of a folder into a cache. Resumes; the processes share the work. Raises UserError."""
+    out, paths = Path(out), find_videos(videos)
+    names = {path: path.relative_to(videos).as_posix() for path in paths}
+    captions = find_captions(videos, captions_file, names.values()) if captions_file else None
+    if captions or captions is None and any(path.with_suffix(s).is_file() for path in paths for s in (".txt", ".json")):
+        base.prompts("a prompt")  # no text encoder? Say so now, not after hours
+    settings = cache_settings(base) | {"prompts": base.prompts.settings}
+    mine = paths[processes.rank :: processes.world_size]
+    n_skipped = processes.running_sum()
+    for path in tqdm(mine, desc="caching videos", disable=processes.rank > 0):
+        entry = cache_video(out, path, names[path], captions, settings, base)
+        if "skipped" in entry:
+            tqdm.write(f"skipped: {entry['skipped']}")
+        # counted over all processes: above the limit there is no need to encode the rest
+        check_skipped(n_skipped(int("skipped" in entry)), len(paths), videos)
+    processes.shutdown()
+    if processes.rank == 0:
+        finish_cache(out, list(names.values()), settings)
+
+
+def index_of(out, name):
+    """The path of a video's index."""
+    return out / "videos" / (f"{name_digest(name):064x}"[:24] + ".json")
+
+
+def cache_video(out, path, name, captions, settings, base):
+    """Make a video's windows and its index, unless they are there -> the index.
+
+    {"key": ..., "windows": [(file name, bytes, frames, height, width)]} or {"skipped": why}.
+    """
+    index = index_of(out, name)
+    try:
+        board = (captions.get(name) if captions is not None else storyboard_beside(path)) or []
+        key = hashlib.sha256(repr((settings, name, file_hash(path), board)).encode()).hexdigest()
+        made = parse_json(index.read_bytes(), index, "delete it") if index.is_file() else {}
+        complete = all(is_complete(out / "windows" / file, size) for file, size, *_ in made.get("windows", ()))
+        if made.get("key") == key and complete:
+            return made
+        made = dict(key=key, windows=write_windows(out / "windows", path, board, key, base))
+        if not board:
+            warn(f"no caption for {path}: trained without a prompt")
+    except (UserError, OSError) as e:
+        made = dict(skipped=str(e))
+    with atomic_write(index) as part:
+        part.write_text(json.dumps(made))
+    return made
+
+
+def write_windows(folder, path, board, key, base):
+    """Encode a video window by window -> [(file name, bytes, frames, height, width)].
+
+    A window's file has latents (C, F, h, w) bfloat16, text.K (L, text_dim) for each of its prompts, and the latents at
+    which these start.
+    """
+    rate, written, end = base.fps / base.codec.stride[0], [], 0.0  # latents per second
+
+    @functools.lru_cache(8)  # most windows share their prompts with the next
+    def embed(prompt):
+        rows = base.prompts(prompt)  # kept without the zeros after its last word
+        return rows[: int(rows.any(1).nonzero().max()) + 1 if rows.any() else 1].bfloat16()
+
+    for start, frames in video_windows(path, base):
+        end = start + len(frames) / base.fps
+        latents = base.codec.encode(to_pixels(frames)[None])[0].bfloat16().contiguous()
+        prompts = [(0, prompt_at(board, start))] if board else []
+        prompts += [(round((seconds - start) * rate), prompt) for seconds, prompt in board if start < seconds < end]
+        tensors = {"latents": latents} | {f"text.{k}": embed(prompt).clone() for k, (_, prompt) in enumerate(prompts)}
+        file = folder / f"{key[:24]}-{len(written)}.safetensors"
+        with atomic_write(file) as part:
+            save_file(tensors, part, {"starts": json.dumps([first for first, _ in prompts])})
+        written.append((file.name, file.stat().st_size, *latents.shape[1:]))
+    if board and board[-1][0] >= end:
+        warn_past_end(path, board[-1][0], end)
+    return written
+
+
+def video_windows(path, base):
+    """Yield (start in seconds, frames (F, H, W, 3) uint8) of windows of a history and a section, one after another.
+
+    F is whole latents. The last window ends with the video, so it may overlap with the one before, or is shorter if it is
+    the only one. Raises UserError before the first window, or not at all.
+    """
+    codec = base.codec
+    in_frames = lambda n: (n - 1) * codec.stride[0] + 1 if codec.causal else n * codec.stride[0]
+    most = in_frames(base.history + base.section)
+    least = in_frames(2 * base.section + codec.causal)
+    info, length = video_info(path), most / base.fps
+    size, start = nearest_size(base.sizes, info), 0.0
+    while start == 0 or start + (least - 1) / base.fps < info["seconds"]:
+        start = max(0.0, min(start, info["seconds"] - length))
+        try:
+            frames = read_video(path, base.fps, *size, start=start, seconds=length)
+        except UserError:  # cut short: keep the windows before
+            if start == 0:
+                raise
+            return
+        if len(frames) < least:
+            if start == 0:
+                raise UserError(f"{path} is shorter than one segment and one section, {least / base.fps:g} s")
+            return
+        yield start, frames[: codec.frames(len(frames))]
+        start += length
+
+
+def finish_cache(out, names, settings):
+    """Write the manifest from the indices of these videos, then delete windows of ours that it does not name."""
+    videos, n_skipped = {}, 0
+    for name in names:
+        index = index_of(out, name)
+        made = parse_json(index.read_bytes(), index, "delete it, then run data.py cache again")
+        n_skipped += "skipped" in made
+        if made.get("windows"):
+            videos[name] = made["windows"]
+    with atomic_write(out / "manifest.json") as part:
+        part.write_text(json.dumps(dict(settings=settings, videos=videos)))
+    files = {file for windows in videos.values() for file, *_ in windows}
+    for path in (out / "windows").glob("*.safetensors"):
+        if path.name not in files and re.fullmatch(r"[0-9a-f]{24}-\d+\.safetensors", path.name):
+            path.unlink()
+    for folder in ("windows", "videos"):
+        remove_leftovers(out / folder)
+    n_windows = sum(len(windows) for windows in videos.values())
+    print(f"{out} holds {n_windows} clips of {len(videos)} videos; {n_skipped} skipped")

@@ -1,0 +1,149 @@
+"""The command line: flags from a dataclass, commands, warnings, exit codes."""
+
+import argparse
+import difflib
+import functools
+import importlib
+import inspect
+import os
+import re
+import signal
+import sys
+import traceback
+from dataclasses import fields, is_dataclass
+
+import torch
+from tqdm import tqdm
+
+
+class UserError(ValueError):
+    """A user's mistake: shown as one line (what was given, what is expected, what to do), exit code 2."""
+
+
+def first_line(error):
+    """The first line of an exception's message, or its type if it has none."""
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+@functools.lru_cache
+def warn(message):
+    """Print a warning once, above any progress bar."""
+    tqdm.write(f"warning: {message}", file=sys.stderr)
+
+
+def load_object(path):
+    """The object behind a dotted path such as "bench.table1.table1", imported now."""
+    module, name = path.rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+def field_help(cls):
+    """{field: its trailing comment}, so that a flag is described where it is defined."""
+    text = "".join(inspect.getsource(c) for c in reversed(cls.__mro__) if is_dataclass(c))
+    return dict(re.findall(r"^    (\w+): [^#\n]*#\s*(.*)$", text, re.M))
+
+
+def make_parser(cls, description, aliases):
+    """An argparse parser with one flag per field of the dataclass `cls`."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    comments = field_help(cls)
+    for f in fields(cls):
+        default = f" [{f.default}]" if f.default not in (None, "") else ""
+        kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.type.__name__)
+        names = [f"--{f.name}", *aliases.get(f.name, ())]
+        parser.add_argument(*names, dest=f.name, default=f.default, help=comments.get(f.name, "") + default, **kind)
+    return parser
+
+
+def parse_flags(cls, description, argv=None, aliases=None):
+    """Read the command line into an instance of the dataclass `cls`: one flag per field, with its default and comment.
+
+    aliases: {field: [other names of its flag]}. Raises UserError for an unknown flag, naming the nearest that exists.
+    """
+    parser = make_parser(cls, description, aliases or {})
+    known, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        if not flag.startswith("-"):
+            raise UserError(
+                f"{flag} follows no flag: write --NAME {flag}, see --help (only the folders and files of "
+                "eval.py stand alone, before the flags)"
+            )
+        near = difflib.get_close_matches(flag, parser._option_string_actions, 3, 0.5)
+        raise UserError(f"unknown flag {flag}" + (f"; did you mean {' or '.join(near)}?" if near else "; see --help"))
+    if not 0 <= getattr(known, "seed", 0) < 2**63:
+        raise UserError(f"--seed {known.seed}: give a whole number of at least 0, below 2^63")
+    return cls(**vars(known))
+
+
+def run_command(script, commands, description):
+    """Run the command that the command line names.
+
+    commands: {name: function of argv, or its dotted path, which is imported only then}; --help lists them.
+    """
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(description)
+        print(f"Commands: {', '.join(commands)}. Flags of a command: python {script} COMMAND --help")
+        return
+    if name not in commands:
+        raise UserError(f"{script} {name}: choose one of {', '.join(commands)}")
+    command = commands[name]
+    command = load_object(command) if isinstance(command, str) else command
+    command(sys.argv[2:])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exit codes
+
+
+def run_main(main):
+    """Run a script's main and exit: 0 done, 2 a user error, 1 any other error, 130 or 143 stopped by a signal."""
+    worker = "RANK" in os.environ
+    code = exit_code(main, worker)
+    if worker:
+        # A process of torchrun's skips the interpreter's clean-up. After an error, freeing what it shares with the
+        # others could wait for them; at the end, threads of a process group that were still freeing their tensors
+        # made finished runs hang or abort, rarely.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
+
+
+def exit_code(main, worker):
+    """Run main and turn what it raises into an exit code. worker: print a traceback instead of raising it."""
+    try:
+        # SIGTERM becomes an exception so that half-written files are removed; training has its own handler
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        main()
+    except (UserError, OSError) as e:  # OSError: a full disk, a folder that is gone
+        print(f"error: {e}", file=sys.stderr)
+        return 2 if isinstance(e, UserError) else 1
+    except torch.OutOfMemoryError as e:
+        print(
+            f"error: {first_line(e)} Train with a smaller --micro_batch, sample with fewer --memory_seconds, or "
+            "close what else runs there",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except SystemExit as e:
+        return e.code or 0
+    except Exception:
+        if not worker:
+            raise
+        traceback.print_exc()
+        return 1
+    return 0

@@ -1,0 +1,74 @@
+"""The bookkeeping of a training run: progress bar, log, signals, skipped steps."""
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from util.checkpoint import start_log
+from util.cli import warn
+
+MOST_SKIPPED = 10  # steps in a row whose gradient is not finite, then the run is given up
+
+
+class Run:
+    """One training run, from step `first` on. Ctrl-C and SIGTERM are collected in `signals`: the step is finished, the
+    run saved, then it stops."""
+
+    def __init__(self, stage, out, first, steps, processes):
+        self.stage, self.out, self.steps, self.processes = stage, Path(out), steps, processes
+        self.signals, self.skipped, self.started = [], 0, time.time()
+        if processes.rank == 0:
+            if first >= steps:
+                warn(f"{out} has {first} steps already: --steps {steps} asks for no more")
+            start_log(self.out, first)
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, lambda number, frame: self.signals.append(number))
+        self.bar = tqdm(range(first, steps), initial=first, total=steps, desc=stage, disable=processes.rank > 0)
+
+    def is_finite(self, norm, step):
+        """Whether the gradient of this norm can be used; counts steps that are skipped. The same on every rank."""
+        if norm.isfinite():
+            self.skipped = 0
+            return True
+        self.skipped += 1
+        if self.processes.rank == 0:
+            tqdm.write(f"step {step + 1}: the gradient is not finite, the step is skipped")
+        return False
+
+    @property
+    def gave_up(self):
+        return self.skipped == MOST_SKIPPED
+
+    def log(self, record, validated):
+        """Append a step's record to log.jsonl, and print it if it was validated."""
+        if self.skipped:
+            record["skipped"] = self.skipped
+        if validated:
+            record["minutes"] = round((time.time() - self.started) / 60, 2)  # since this start, after a --resume too
+        self.bar.set_postfix(loss=f"{record['loss']:.3f}", refresh=False)
+        if self.processes.rank == 0:
+            if validated:
+                tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in record.items()))
+            with (self.out / "log.jsonl").open("a") as log:
+                log.write(json.dumps(record) + "\n")
+
+    def finish(self, step, stop):
+        """Say how the run ended, leave the other processes, and exit if it was stopped (by the signal `stop`) or gave
+        up."""
+        code = 1 if self.gave_up else 128 + stop if stop else 0
+        if self.processes.rank == 0:
+            if self.gave_up:  # the checkpoint stays that of a better time
+                message = f"error: the gradient was not finite {self.skipped} times in a row, up to step {step}"
+                tqdm.write(f"{message}; {self.out} stays as it was last saved", file=sys.stderr)
+            elif stop:
+                tqdm.write(f"stopped by a signal after step {step}, saved in {self.out}; go on with --resume")
+            else:
+                weights, log = self.out / "model.safetensors", self.out / "log.jsonl"
+                print(f"{self.stage} done: weights {weights}, figures {log}, pictures {self.out}/preview_*.png")
+        self.processes.shutdown()
+        if code:
+            raise SystemExit(code)

@@ -1,0 +1,54 @@
+"""Contact sheets: labelled rows of frames in one picture."""
+
+import math
+
+import imageio.v3 as iio
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from util.files import atomic_write
+
+
+def contact_sheet(rows, columns=None, scale=None):
+    """A picture of labelled rows of frames on white, each label at the left of its row: uint8 (H, W, 3) array.
+
+    rows: list of (label, frames (F, H, W, 3) uint8); columns: a caption above each column; scale: the whole factor to
+    enlarge by (nearest neighbour), by default the largest that keeps a frame's short side within 128.
+    """
+    labels, captions = [str(label) for label, _ in rows], [str(caption) for caption in columns or []]
+    rows = [torch.as_tensor(frames).cpu().numpy() for _, frames in rows]
+    scale = scale or max(1, 128 // min(min(frames.shape[1:3]) for frames in rows))
+    cell_h, cell_w = (scale * max(frames.shape[axis] for frames in rows) for axis in (1, 2))
+    font = ImageFont.load_default(size=min(40, max(14, cell_h // 8)))
+    label_w, caption_w = text_width(labels, font), text_width(captions, font)
+    gap, margin = max(2, cell_h // 40), max(6, cell_h // 16)
+    step_x, step_y = max(cell_w, caption_w + margin) + gap, cell_h + gap
+    left = margin + (label_w + margin if label_w else 0)
+    top = margin + (font.size + margin if captions else 0)
+    n = max([len(captions), *map(len, rows)])
+    sheet = Image.new("RGB", (left + n * step_x - gap + margin, top + len(rows) * step_y - gap + margin), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, caption in enumerate(captions):
+        draw.text((left + i * step_x + (step_x - gap) / 2, margin), caption, "black", font, anchor="ma")
+    for r, (label, frames) in enumerate(zip(labels, rows)):
+        draw.multiline_text((margin, top + r * step_y + cell_h / 2), label, "black", font, anchor="lm")
+        for i, frame in enumerate(frames):
+            picture = Image.fromarray(frame.repeat(scale, 0).repeat(scale, 1))
+            x = left + i * step_x + (step_x - gap - picture.width) // 2
+            y = top + r * step_y + (cell_h - picture.height) // 2
+            sheet.paste(picture, (x, y))
+    return np.array(sheet)
+
+
+def text_width(texts, font):
+    """Width in pixels of the widest of these texts, of one or more lines; 0 if there are none."""
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    return max([0, *(math.ceil(ruler.multiline_textbbox((0, 0), text, font=font)[2]) for text in texts)])
+
+
+def save_contact_sheet(rows, path, columns=None, scale=None):
+    """Write a contact_sheet() as a PNG. Raises UserError if it cannot be written there."""
+    sheet = contact_sheet(rows, columns, scale)
+    with atomic_write(path) as temporary:
+        iio.imwrite(temporary, sheet, extension=".png")

@@ -1,0 +1,296 @@
+"""Reading video files by their time stamps. PyAV directly: imageio's readers count frames instead.
+
+Pixels are floats (..., 3, F, H, W) in [-1, 1]; uint8 frames (..., F, H, W, 3) only at the file boundary.
+"""
+
+import math
+import os
+import re
+from collections import deque
+from contextlib import contextmanager
+from itertools import chain
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import Interpolation
+from einops import rearrange
+from PIL import Image
+
+from util.cli import UserError, warn
+
+# FFmpeg's default conversion from YUV is fast and 1 level of 255 too dark; this one is right within 1.
+EXACT = Interpolation.POINT | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+MOST_PIXELS = 2**26  # per frame, 8192 x 8192: a header may claim any size, and memory holds a frame several times
+READING = 1  # raise it when read_video() makes other frames of a file: caches are then made again
+LONGEST_STILL = 3600  # seconds that one frame may stay: a broken time stamp would fill the memory with copies of it
+
+
+def to_pixels(frames):
+    """uint8 (..., F, H, W, 3) -> float (..., 3, F, H, W) in [-1, 1]."""
+    return rearrange(torch.as_tensor(frames).float() / 127.5 - 1, "... f h w c -> ... c f h w")
+
+
+def to_frames(pixels):
+    """float (..., 3, F, H, W) in [-1, 1] -> uint8 (..., F, H, W, 3), clamped."""
+    return rearrange(((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8), "... c f h w -> ... f h w c")
+
+
+def open_container(path):
+    """An open av container. Raises UserError."""
+    if not os.path.isfile(path):
+        what = "is a folder" if os.path.isdir(path) else "does not exist"
+        raise UserError(f"{path} {what}: give the path of a video file")
+    try:  # "file:" keeps FFmpeg from reading "12:30.mp4" as a network address
+        container = av.open(f"file:{path}", metadata_errors="replace")
+    except (av.FFmpegError, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read as a video ({error.strerror or error}): "
+            "give a complete video file, for example .mp4"
+        ) from None
+    if container.format.name == "tty":  # FFmpeg draws a .txt as a picture
+        container.close()
+        raise UserError(f"{path} is a text, not a video: give a video file, for example .mp4")
+    return container
+
+
+def find_stream(container, path):
+    """The first video stream of a container. Raises UserError if there is none that can be decoded."""
+    cover = av.stream.Disposition.attached_pic  # the cover of a music file is no video
+    streams = [s for s in container.streams.video if s.codec_context and not s.disposition & cover]
+    if not streams:
+        raise UserError(f"{path} has no video stream that can be decoded (only sound?): give another file")
+    size = streams[0].codec_context.width, streams[0].codec_context.height
+    if math.prod(size) > MOST_PIXELS:
+        raise UserError(f"{path} is {size[0]} x {size[1]} pixels, too many to decode: make it smaller")
+    aspect = streams[0].sample_aspect_ratio
+    if aspect and not 0.1 < aspect < 10:
+        raise UserError(f"{path} has pixels {float(aspect):g} times as wide as high: it is damaged")
+    return streams[0]
+
+
+class _Frames:
+    """The decoded frames of one file in order of time. Damage is counted, not raised.
+
+    decoded, unreadable: frames decoded and packets that could not be; missing: seconds cut off at the end.
+    """
+
+    def __init__(self, path):
+        """path: a video file. Raises UserError if it cannot be opened or holds no moving picture."""
+        self.path, self.origin, self.first = path, None, None
+        self._open()
+
+    def _open(self):
+        """Open the file and its decoder. Raises UserError."""
+        self.container = open_container(self.path)
+        try:
+            self.stream = find_stream(self.container, self.path)
+        except UserError:
+            self.close()
+            raise
+        self.stream.thread_type = "AUTO"
+        self.decoder = self.stream.codec_context
+        keeps_alpha = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(self.decoder.name)  # FFmpeg's own decoders drop it
+        if keeps_alpha and self.stream.metadata.get("alpha_mode") == "1":
+            self.decoder = av.CodecContext.create(keeps_alpha, "r")
+        self.tick = float(self.stream.time_base)
+        self.rate = float(self.stream.average_rate or self.stream.guessed_rate or 25)
+        self.stated = self._stated_seconds()
+        # Time stamps are rounded to ticks (10 ms in a gif), so half a tick late is not late. An avi's tick is a
+        # whole frame, hence the limit.
+        self.grace = min(self.tick / 2, 0.005) + 1e-6
+
+    def close(self):
+        self.container.close()
+
+    def _stated_seconds(self):
+        """How long the file says the stream is, in seconds, or None. (The container's figure counts the sound too.)"""
+        if self.stream.duration:
+            return self.stream.duration * self.tick
+        tag = re.fullmatch(r"(\d+):(\d+):([\d.]+)", self.stream.metadata.get("DURATION", ""))  # mkv, webm: its end
+        if tag:
+            hours, minutes, seconds = map(float, tag.groups())
+            return 3600 * hours + 60 * minutes + seconds - (self.stream.start_time or 0) * self.tick
+
+    def packets(self):
+        """Compressed packets, then an empty one, on which the decoder gives out the frames it still holds."""
+        self.covered = 0.0  # seconds of the stream that were really there
+        try:
+            for packet in self.container.demux(self.stream):
+                # mp4 states its length in decoding times, mkv in showing times
+                self.first = self.first or (packet.pts, packet.dts)
+                for stamp, first in zip((packet.pts, packet.dts), self.first):
+                    if stamp is not None and first is not None:
+                        self.covered = max(self.covered, (stamp - first + (packet.duration or 0)) * self.tick)
+                yield packet
+        except av.FFmpegError:
+            self.unreadable += 1
+            yield None
+
+    def walk(self):
+        """Yield (seconds since the file's first frame, av.VideoFrame) from here on, and at last (end, None)."""
+        self.decoded, self.unreadable, self.missing = 0, 0, 0.0
+        now, gap = 0.0, 1 / self.rate
+        for packet in self.packets():
+            try:
+                frames = self.decoder.decode(packet)
+            except av.FFmpegError:
+                self.unreadable += 1
+                continue
+            for frame in frames:
+                time = now + gap * (self.decoded > 0) if frame.time is None else frame.time - (self.origin or 0.0)
+                if self.origin is None:
+                    self.origin, time = frame.time or 0.0, 0.0
+                time = max(time, now)  # a stamp that runs backwards is a broken one
+                gap, now = (time - now) or gap, time
+                length = (frame.duration or 0) * self.tick or gap
+                self.decoded += 1
+                yield now, frame
+        if self.decoded == 0:
+            return
+        end = now + length
+        if self.stated is not None and not self.unreadable:
+            missing = self.stated - self.covered
+            if missing > max(0.1, 2 / self.rate):
+                self.missing = missing
+            else:  # a frame's own duration is unreliable where times vary; the whole stream's is not
+                end = min(self.stated, self.covered)
+        yield max(end - self.grace, now + 2 * self.grace), None  # the end is rounded too
+
+    def walk_from(self, start):
+        """walk() from a frame at or before `start` seconds, by a jump where the file allows one."""
+        walk = self.walk()
+        first = next(walk, None)
+        if first is None:
+            raise UserError(f"not one frame of {self.path} can be decoded: the file is damaged or cut off")
+        if start > 1:
+            try:
+                self.container.seek(int((self.origin + start) / self.tick), stream=self.stream)
+                self.decoder.flush_buffers()
+                jumped = self.walk()
+                landed = next(jumped, None)
+            except av.FFmpegError:
+                landed = None
+            if landed is not None and landed[0] <= start:
+                return chain([landed], jumped)
+            self.close()  # no index, or a wrong one: from the beginning, then
+            self._open()
+            walk = self.walk()
+            first = next(walk)
+        return chain([first], walk)
+
+
+@contextmanager
+def _frames_of(path):
+    """A _Frames that is closed at the end, its errors being the user's."""
+    frames = _Frames(path)
+    try:
+        yield frames
+    except av.FFmpegError as error:
+        raise UserError(f"{path} cannot be decoded ({error.strerror}): give another file") from None
+    finally:
+        frames.close()
+
+
+def _orientation(frame):
+    """(transposed, mirrored, upside down): how the frame is to be shown. Phones say so in a display matrix.
+
+    frame.rotation is not used: it takes a mirrored picture for one turned by 180 degrees.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False, False, False
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()  # x' = a x + c y, y' = b x + d y
+    return (True, c < 0, b < 0) if abs(b) > abs(a) else (False, a < 0, d < 0)
+
+
+def crop_and_resize(frame, height, width, pixel_aspect):
+    """av.VideoFrame -> (height, width, 3) uint8: upright, alpha over white, filling the size, the middle kept.
+
+    pixel_aspect: width / height of one stored pixel. White, since transparent pictures are seen on pages.
+    """
+    picture = over_white(frame.to_ndarray(format="rgba", interpolation=EXACT))
+    transposed, mirrored, upside_down = _orientation(frame)
+    if transposed:
+        picture, pixel_aspect = picture.swapaxes(0, 1), 1 / pixel_aspect
+    picture = picture[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
+    h, w = picture.shape[:2]
+    scale = max(height / h, width / (w * pixel_aspect))
+    crop_h, crop_w = height / scale, width / scale / pixel_aspect
+    top, left = int((h - crop_h) / 2), int((w - crop_w) / 2)
+    # Box = the exact mean where a whole number of pixels becomes one, as in what VideoWriter enlarged; elsewhere it
+    # would leave steps, and bicubic (widened by the factor, so antialiased) does not.
+    whole = all(abs(n / m - round(n / m)) < 1e-6 and n > m - 1e-6 for n, m in ((crop_h, height), (crop_w, width)))
+    resampling = Image.Resampling.BOX if whole else Image.Resampling.BICUBIC
+    box = (left, top, min(w, left + crop_w), min(h, top + crop_h))
+    return np.array(Image.fromarray(np.ascontiguousarray(picture)).resize((width, height), resampling, box=box))
+
+
+def over_white(picture):
+    """(H, W, 4) uint8 RGBA -> (H, W, 3) uint8."""
+    alpha = picture[..., 3:]
+    if alpha.min() == 255:
+        return picture[..., :3]
+    return (picture[..., :3] * (alpha / 255) + (255 - alpha) + 0.5).astype(np.uint8)
+
+
+def read_video(path, fps, height, width, start=0.0, seconds=None):
+    """Read a video -> (F, height, width, 3) uint8, frame k being what was on screen `start + k / fps` seconds in.
+
+    Time counts from the first frame and is taken from the time stamps, never from the nominal rate. seconds: read at
+    most this long. Where the file is shorter, fewer frames come back (a still gives one). A damaged file gives what can
+    be decoded and a warning on stderr.
+    Raises UserError (a ValueError) for a file that cannot be read, or that ends before `start`.
+    """
+    for name, value in {"fps": fps, "height": height, "width": width, "seconds": seconds}.items():
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{name} is {value}: give a number above 0")
+    if not 0 <= start < math.inf:
+        raise UserError(f"start is {start}: give a number of seconds, 0 or more")
+    count = math.inf if seconds is None else max(1, math.ceil(seconds * fps - 1e-6))
+    with _frames_of(path) as frames:
+        kept = list(_sampled(frames, fps, height, width, start, count))
+        if frames.unreadable or frames.missing:
+            lost = frames.unreadable + round(frames.missing * frames.rate)
+            warn(f"{path} is damaged or cut off: {frames.decoded} frames decoded, about {lost} lost")
+    return torch.from_numpy(np.stack(kept))
+
+
+def _sampled(frames, fps, height, width, start, count):
+    """Yield at most `count` pictures (height, width, 3): what is on screen at start, start + 1 / fps, ... seconds."""
+    aspect = float(frames.stream.sample_aspect_ratio or 1)
+    k, shown, shown_since, picture = 0, None, 0.0, None
+    for time, frame in frames.walk_from(start):
+        if frame is None and shown_since == 0:
+            count = 1  # the file is one picture
+        if shown is not None and time - shown_since > LONGEST_STILL:
+            seconds = time - shown_since
+            raise UserError(f"{frames.path} shows one frame for {seconds:.0f} s: its time stamps are damaged")
+        while shown is not None and k < count and start + k / fps < time - frames.grace:
+            picture = crop_and_resize(shown, height, width, aspect) if picture is None else picture
+            yield picture
+            k += 1
+        if k == count:
+            break
+        shown, shown_since, picture = frame, time, None
+    if k == 0:
+        raise UserError(
+            f"{frames.path} lasts {time:.2f} s, so nothing is on screen at start = {start} s: start earlier"
+        )
+
+
+def video_info(path):
+    """A video's dict(seconds, frames, height, width, fps), decoding one frame: float, int or None, int, int, float.
+
+    height and width are as shown (after rotation, with square pixels); fps is the average. Raises UserError.
+    """
+    with _frames_of(path) as frames:
+        _, frame = next(frames.walk_from(0.0))
+        seconds = frames.stated or (frames.container.duration or 0) / av.time_base
+        if not seconds:  # recorded by a browser, say: add up the packets
+            deque(frames.packets(), maxlen=0)
+            seconds = frames.covered
+        height, width = frame.height, round(frame.width * float(frames.stream.sample_aspect_ratio or 1))
+        if _orientation(frame)[0]:
+            height, width = width, height
+        return dict(seconds=seconds, frames=frames.stream.frames or None, height=height, width=width, fps=frames.rate)
