@@ -22,7 +22,7 @@ from tqdm import tqdm
 import dolls.dataset as dolls
 from bases import open_base
 from util.cache import VERSION, open_window, read_manifest, write_cache
-from util.cli import UserError, parse_flags, run_command, run_main, warn
+from util.cli import UserError, load_object, parse_flags, run_command, run_main, warn
 from util.distributed import start_processes
 from util.files import atomic_write, file_hash
 from util.folder import LONE_VIDEO, find_videos, read_clip, report_skipped, split_videos, warn_past_end
@@ -129,10 +129,11 @@ class Clips:
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (datasets live as long as the process)
     def epoch(self, number, size, seed):
-        """The batches of an epoch, each a list of `size` clip numbers; what does not fill a batch waits for the next one.
+        """The batches of an epoch, each a list of `size` clip numbers; what does not fill a batch waits for the next
+        one.
 
-        A bucket smaller than a batch repeats its clips, or is left out if it is smaller than a quarter of one (unless all
-        are): otherwise a few clips of a rare size would be seen much more often than all others.
+        A bucket smaller than a batch repeats its clips, or is left out if it is smaller than a quarter of one (unless
+        all are): otherwise a few clips of a rare size would be seen much more often than all others.
         """
         rng = np.random.default_rng((seed, number))
         large = [members for members in self.buckets.values() if 4 * len(members) >= size]
@@ -158,22 +159,39 @@ class Clips:
 # Datasets
 
 
-def open_dataset(data, base, cache, n_clips, n_held_out):
-    """(clips to train on, held-out clips) of --data: "world" (paper dolls), a cache of latents, or a folder of videos.
+# --data NAME or NAME:ARGUMENT -> a function with the arguments of open_stories(); a new dataset is one and a line here
+DATASETS = {"world": "data.open_stories"}
 
-    cache: folder for encoded clips; n_clips, n_held_out: how many stories. A new kind of dataset is a line here.
-    Raises UserError.
+
+def open_dataset(data, base, cache, n_clips, n_held_out):
+    """(clips to train on, held-out clips) of --data: a name in DATASETS, a cache of latents, or a folder of videos.
+
+    cache: folder for encoded clips; n_clips, n_held_out: how many stories, and of a cache at most how many held-out
+    clips. Raises UserError.
     """
-    if data == "world" and not base.needs_cache:
-        held_out = story_clips("held-out", n_held_out, base, cache, keep_pixels=True)
-        return story_clips("train", n_clips, base, cache), held_out
+    name, _, argument = data.partition(":")
+    if name in DATASETS:
+        return load_object(DATASETS[name])(argument, base, cache, n_clips, n_held_out)
     if (Path(data) / "manifest.json").is_file():
         return cached_clips(data, base, n_held_out)
+    refuse_uncached(data, base)
+    return video_clips(data, base, cache)
+
+
+def refuse_uncached(data, base):
+    """Raise UserError if this base trains on caches of latents alone."""
     if base.needs_cache:
         raise UserError(
-            f"--data {data} is not a cache of latents, which --preset {base.name} trains on: make one with data.py cache"
+            f"--data {data} is not a cache of latents, which --preset {base.name} trains on: make one with data.py "
+            "cache"
         )
-    return video_clips(data, base, cache)
+
+
+def open_stories(argument, base, cache, n_clips, n_held_out):
+    """(clips to train on, held-out clips) of the paper-doll world."""
+    refuse_uncached("world", base)
+    held_out = story_clips("held-out", n_held_out, base, cache, keep_pixels=True)
+    return story_clips("train", n_clips, base, cache), held_out
 
 
 def story_clips(split, count, base, cache, keep_pixels=False):

@@ -1,4 +1,5 @@
-"""The memory encoder φ: a long history of latents in, a short sequence of DiT tokens out. And the DiT + φ that is trained.
+"""The memory encoder φ: a long history of latents in, a short sequence of DiT tokens out. And the DiT + φ that is
+trained.
 
 Two branches over the same blocks of the history, summed (paper, section 3.3). A rate HxWxT says how many tokens of the
 DiT's grid one memory token stands for:
@@ -66,11 +67,12 @@ def join(memories):
 
 
 class HighRes(nn.Module):
-    """The HR branch: 3D convolutions + SiLU that stride time first, then space; attention within the segment at the last
-    width; a projection to D that never passes through the codec's channels. Around all that, one linear map of the
+    """The HR branch: 3D convolutions + SiLU that stride time first, then space; attention within the segment at the
+    last width; a projection to D that never passes through the codec's channels. Around all that, one linear map of the
     block, as ResNets have around strided blocks: without it the branch learns slowly (docs/experiments.md).
 
-    A strided axis has kernel 4, stride 2, padding 1, any other one kernel 3, so every output sits at its block's centre.
+    A strided axis has kernel 4, stride 2, padding 1, any other one kernel 3, so every output sits at its block's
+    centre.
     """
 
     def __init__(self, in_dim, widths, block, dim):
@@ -200,8 +202,9 @@ class MemoryEncoder(nn.Module):
         return n_frames if n_frames < lone else lone + (n_frames - lone) // self.segment * self.segment
 
     def choose(self, n_frames, most=None):
-        """Which of n_frames uncompressed frames stay in memory, in order; `most` of them at most, if the method can drop
-        any. Choosing from what was chosen before and the frames since gives the same, so nothing else need be kept."""
+        """Which of n_frames uncompressed frames stay in memory, in order; `most` of them at most, if the method can
+        drop any. Choosing from what was chosen before and the frames since gives the same, so nothing else need be
+        kept."""
         return torch.arange(n_frames)
 
 
@@ -334,7 +337,8 @@ class Memory:
 def load_model(path, base, init="", device="cpu"):
     """The MemoryDiT of a checkpoint written by pretrain.py or finetune.py, in eval mode.
 
-    base: of the checkpoint's preset. init: weights of the DiT that its LoRA belongs to, if it has one. Raises UserError.
+    base: of the checkpoint's preset. init: weights of the DiT that its LoRA belongs to, if it has one. Raises
+    UserError.
     """
     config = read_config(path)
     try:

@@ -54,9 +54,9 @@ def draw_continuation(config, base, encoder, clips, rows, step, longest=False):
     Histories of a batch have one length. clips: the global batch; rows: those to return; longest: for validation, take
     the longest history.
 
-    In more than a third of the batches histories do not end with a whole segment: their last frames wait uncompressed, and
-    their segments straddle the cuts, as when a clip of your own is continued. With a causal codec all segments are whole,
-    as in sample.py: waiting frames would be more tokens than all of φ.
+    In more than a third of the batches histories do not end with a whole segment: their last frames wait uncompressed,
+    and their segments straddle the cuts, as when a clip of your own is continued. With a causal codec all segments are
+    whole, as in sample.py: waiting frames would be more tokens than all of φ.
     """
     lone, g = int(base.codec.causal), generator(config.seed, step)
     waiting = int(torch.randint(base.section, (), generator=g)) * int(torch.randint(2, (), generator=g))

@@ -128,7 +128,8 @@ def downsample(base, encoder, high):
 
 
 def draw_retrieval(config, base, encoder, clips, rows, step):
-    """Stage 1: choose Ω in a history of each clip; the target is H_Ω. clips: the global batch; rows: those to return."""
+    """Stage 1: choose Ω in a history of each clip; the target is H_Ω. clips: the global batch; rows: those to
+    return."""
     history = min(base.history, *(encoder.whole(clip.frames) for clip in clips))
     batches = []
     for row in rows:
@@ -150,8 +151,8 @@ def draw_retrieval(config, base, encoder, clips, rows, step):
 
 
 def mask_history(high, low, omega, rt, g):
-    """mask(H, Ω): frames in Ω stay clean, all others get noise of one level, sigmoid(N(0.2, 1)); low gets its own noise,
-    and is clean where any of its rt frames is in Ω (paper, section 3.1)."""
+    """mask(H, Ω): frames in Ω stay clean, all others get noise of one level, sigmoid(N(0.2, 1)); low gets its own
+    noise, and is clean where any of its rt frames is in Ω (paper, section 3.1)."""
     level = noise_levels(torch.rand(1, generator=g), 0.2)
     clean = torch.zeros(high.shape[2], dtype=torch.bool)
     clean[omega] = True
@@ -169,7 +170,8 @@ def mask_history(high, low, omega, rt, g):
 
 
 def train(config, stage, model, base, processes, clips, held_out, draw, draw_held_out):
-    """Train `model` on `clips`. draw(clips, rows, step) -> Batch says what to denoise, draw_held_out what to validate."""
+    """Train `model` on `clips`. draw(clips, rows, step) -> Batch says what to denoise, draw_held_out what to
+    validate."""
     device, main = processes.device, processes.rank == 0
     ema = EMA(model, config.ema)
     optimizers = make_optimizers(model, config.optimizer, config.lr, config.encoder_lr)
@@ -298,15 +300,15 @@ def check_init(config):
     if config.init == "random":
         if config.lora:
             raise UserError(
-                f"--init random --lora {config.lora}: an update of random weights, which no checkpoint would hold; give "
-                "--init a base, or --lora 0"
+                f"--init random --lora {config.lora}: an update of random weights, which no checkpoint would hold; "
+                "give --init a base, or --lora 0"
             )
         return
     trained = own_config(weight_files(config.init)[0])
     if trained and trained["preset"] != config.preset:
         raise UserError(
-            f"--init {config.init} is of --preset {trained['preset']}, not {config.preset}: give a base of that preset, or "
-            "train one with finetune.py --method none --init random"
+            f"--init {config.init} is of --preset {trained['preset']}, not {config.preset}: give a base of "
+            "that preset, or train one with finetune.py --method none --init random"
         )
 
 
@@ -352,8 +354,8 @@ def main():
         raise UserError(f"--queries {config.queries}: must be at least 1")
     if not find_method(config.method).has_stage1:
         raise UserError(
-            f"--method {config.method}: it forgets most frames, so there is nothing to retrieve; it has no stage 1, go on "
-            f"with finetune.py --method {config.method}"
+            f"--method {config.method}: it forgets most frames, so there is nothing to retrieve; it has no stage 1, "
+            f"go on with finetune.py --method {config.method}"
         )
     model, base, processes, clips, held_out = setup(config)
     draw = partial(draw_retrieval, config, base, model.encoder)

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from bases import open_base
 from data import check_prompts
 from encoder import Memory, MemoryDiT, load_model
-from model import euler, sample
-from util.cli import UserError, parse_flags, run_main, warn
+from model import sample
+from util.cli import UserError, load_object, parse_flags, run_main, warn
 from util.device import autocast, peak_memory, pick_device
 from util.folder import read_clip, warn_past_end
 from util.sheets import save_contact_sheet
@@ -29,7 +29,7 @@ from util.video import to_frames, to_pixels
 from util.video_writer import VideoWriter
 from util.weights import read_config, weight_files
 
-SOLVERS = {"euler": euler}  # a new one is a function like model.euler and a line here
+SOLVERS = {"euler": "model.euler"}  # a new one is a function like it and a line here
 WAN_FLAGS = {  # Wan's own names
     "steps": ["--sample_steps"],
     "shift": ["--sample_shift"],
@@ -72,13 +72,14 @@ def continue_video(model, base, memory, texts, config, size):
     codec, device = base.codec, next(model.parameters()).device
     g = torch.Generator().manual_seed(config.seed)
     shape = (1, codec.channels, base.section, size[0] // codec.stride[1], size[1] // codec.stride[2])
+    solver = load_object(SOLVERS[config.solver])
     for text in texts:
         started = time.perf_counter()
         times = memory.frames + torch.arange(base.section, device=device)
         noise = torch.randn(shape, generator=g).to(device)
         guidance = config.guidance if text.any() else 1  # without a prompt both passes are the same
         with autocast(device):
-            settings = config.steps, config.shift, guidance, SOLVERS[config.solver]
+            settings = config.steps, config.shift, guidance, solver
             x = sample(model.dit, noise, text[None].to(device), times, memory.context(), *settings).float()
             if not x.isfinite().all():
                 raise UserError(
@@ -131,8 +132,8 @@ def storyboard_of(config, clip_seconds, seconds):
     beside = storyboard_beside(config.history) or []
     if len(beside) > 1 and beside[-1][0] < clip_seconds:
         warn(
-            f"the storyboard beside {config.history} ends before the clip does: its last prompt is used for all that is "
-            "generated, or give --prompt"
+            f"the storyboard beside {config.history} ends before the clip does: its last prompt is used for all that "
+            "is generated, or give --prompt"
         )
     return [(start - clip_seconds, prompt) for start, prompt in beside]
 
@@ -218,8 +219,8 @@ def check_sampler(config):
         raise UserError(f"--solver {config.solver}: choose one of {', '.join(SOLVERS)}")
     if config.steps < 1 or not 0 <= config.guidance < math.inf or not 0 < config.shift < math.inf:
         raise UserError(
-            f"--steps {config.steps} --guidance {config.guidance} --shift {config.shift}: expected steps of at least 1, "
-            "guidance of at least 0, shift above 0"
+            f"--steps {config.steps} --guidance {config.guidance} --shift {config.shift}: expected steps of at least "
+            "1, guidance of at least 0, shift above 0"
         )
     if not 0 <= config.memory_seconds < math.inf:
         raise UserError(f"--memory_seconds {config.memory_seconds}: give seconds of history to keep, or 0 for all")

@@ -91,7 +91,8 @@ class DCTCodec(Codec):
 
     @functools.lru_cache  # noqa: B019 (codecs live as long as the process)
     def downsampling_matrix(self, rate):
-        """Decode, average pixels over (t, h, w), encode: as one matrix (16, 16 * t * h * w) on the latents of a block."""
+        """Decode, average pixels over (t, h, w), encode: as one matrix (16, 16 * t * h * w) on the latents of a
+        block."""
         t, h, w = rate
         impulses = torch.eye(16 * t * h * w).view(-1, 16, t, h, w)
         response = self.encode(F.avg_pool3d(self.decode(impulses), rate))  # (16 * t * h * w, 16, 1, 1, 1)

@@ -18,7 +18,7 @@ def write_votes(rows, path="votes.csv"):
     Path(path).write_text("\n".join(lines) + "\n")
 
 
-def rate(capsys, rows):
+def rate_votes(capsys, rows):
     """Rate votes -> {method: [rating, low, high, votes]} in the order of the table, and what was printed."""
     write_votes(rows)
     run(main, "elo", "votes.csv", "--out", "elo.md")
@@ -33,7 +33,7 @@ def test_recovers_known_ratings(capsys):
         a, b = rng.choice(list(truth), 2, replace=False)
         chance = 1 / (1 + 10 ** ((truth[b] - truth[a]) / 400))
         rows.append((a, b, a if rng.random() < chance else b))
-    found, printed = rate(capsys, rows)
+    found, printed = rate_votes(capsys, rows)
     assert list(found) == ["d", "c", "b", "a"]
     assert sum(votes for *_, votes in found.values()) == 2 * 3000
     assert sum(rating for rating, *_ in found.values()) / 4 == pytest.approx(1200, abs=1)
@@ -42,13 +42,13 @@ def test_recovers_known_ratings(capsys):
         assert low <= truth[name] <= high and 15 < high - low < 60
     assert "3000 votes of votes.csv" in printed and "infinite" not in printed.lower()
 
-    swapped, _ = rate(capsys, [(b, a, winner) for a, b, winner in rows[::-1]])
+    swapped, _ = rate_votes(capsys, [(b, a, winner) for a, b, winner in rows[::-1]])
     assert {name: x[0] for name, x in swapped.items()} == {name: x[0] for name, x in found.items()}
-    assert rate(capsys, rows) == (found, printed)  # seeded
+    assert rate_votes(capsys, rows) == (found, printed)  # seeded
 
 
 def test_writes_markdown_and_csv(capsys):
-    found, printed = rate(capsys, [("x|1", "y", "x|1")] * 10 + [("y", "x|1", "y")])
+    found, printed = rate_votes(capsys, [("x|1", "y", "x|1")] * 10 + [("y", "x|1", "y")])
     (_, low, high, _), (_, y_low, y_high, _) = found.values()
     markdown = Path("elo.md").read_text()
     assert markdown.splitlines()[:4] == [
@@ -61,7 +61,7 @@ def test_writes_markdown_and_csv(capsys):
 
 
 def test_odds_of_10_to_1_are_400_points(capsys):
-    found, printed = rate(capsys, [("x", "y", "x")] * 10 + [("y", "x", "y")])
+    found, printed = rate_votes(capsys, [("x", "y", "x")] * 10 + [("y", "x", "y")])
     assert (found["x"][0], found["y"][0]) == (1400, 1000)
     # a resample has no win of y with probability (10 / 11)^11 = 0.35
     resamples = re.search(r"(\d+) of 1000 resamples have infinite ratings", printed)
@@ -69,15 +69,15 @@ def test_odds_of_10_to_1_are_400_points(capsys):
 
 
 def test_a_tie_is_half_a_win(capsys):
-    found, _ = rate(capsys, [("x", "y", "tie")] * 5 + [("x", "y", "x"), ("x", "y", "y")])
+    found, _ = rate_votes(capsys, [("x", "y", "tie")] * 5 + [("x", "y", "x"), ("x", "y", "y")])
     assert found["x"][0] == found["y"][0] == 1200 and found["x"][3] == 7
-    found, _ = rate(capsys, [("x", "y", "x")] * 3 + [("x", "y", "tie")] * 2)  # 4 to 1
+    found, _ = rate_votes(capsys, [("x", "y", "x")] * 3 + [("x", "y", "tie")] * 2)  # 4 to 1
     assert found["x"][0] - found["y"][0] == pytest.approx(400 * math.log10(4), abs=1)
 
 
 def test_says_who_never_lost_or_won(capsys):
     votes = [("top", "x", "top")] * 3 + [("x", "y", "x"), ("x", "y", "y"), ("y", "low", "y")]
-    found, printed = rate(capsys, votes)
+    found, printed = rate_votes(capsys, votes)
     assert "Infinite ratings (top never lost; low never won)" in printed
     assert "half a win and half a loss" in Path("elo.md").read_text()
     assert list(found)[0] == "top" and list(found)[-1] == "low" and 1200 < found["top"][0] < 1800
@@ -86,14 +86,14 @@ def test_says_who_never_lost_or_won(capsys):
 def test_says_when_a_group_never_lost_to_the_rest(capsys):
     """Nobody is unbeaten, but p and q are by the others."""
     votes = [("p", "q", "p"), ("p", "q", "q"), ("r", "s", "r"), ("r", "s", "s"), ("p", "r", "p")]
-    found, printed = rate(capsys, votes)
+    found, printed = rate_votes(capsys, votes)
     assert "some methods never lost to any of the rest" in printed
     assert found["p"][0] > found["r"][0]
 
 
 def test_strengths_under_the_prior():
-    """One vote: at the maximum σ(-2 θ), of the vote, equals 2 (σ(θ) - 1/2) / 2, of the prior, by hand."""
-    (theta, unbounded) = fit_strengths(np.array([[[0, 1.0], [0, 0]]]))
+    """One vote: the likelihood is greatest where σ(-2 θ) = σ(θ) - 1/2 (vote against prior, derived by hand)."""
+    theta, unbounded = fit_strengths(np.array([[[0, 1.0], [0, 0]]]))
     x = theta[0, 0]
     assert unbounded.all() and theta[0, 1] == -x
     assert 1 / (1 + math.exp(2 * x)) == pytest.approx(1 / (1 + math.exp(-x)) - 0.5)

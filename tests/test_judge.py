@@ -26,9 +26,11 @@ KEY = "sk-12345"
 
 @pytest.fixture
 def server(monkeypatch):
-    """A chat server: server.plan(question, number of the request) is the model's answer, or a dict of a reply's `text`,
-    `status`, `headers` and of the seconds to `hang`. server.requests: the (question, message content, headers) of all
-    requests so far."""
+    """A chat server on this machine.
+
+    server.plan(question, number of the request) gives the model's answer, or a dict of the reply's `text`, `status`,
+    `headers` and of the seconds to `hang` first. server.requests: (question, message content, headers) of each request.
+    """
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):

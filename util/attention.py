@@ -8,7 +8,8 @@ MOST_WEIGHTS = 2**28  # the backward pass keeps all of them: above this many, SD
 
 
 def attention(q, k, v):
-    """Softmax attention of q, k, v (B, heads, N, head_dim) -> like q. No mask, so SDPA picks its flash kernel on a GPU."""
+    """Softmax attention of q, k, v (B, heads, N, head_dim) -> like q. No mask, so SDPA picks its flash kernel on a
+    GPU."""
     n_weights = q.shape[:3].numel() * k.shape[2]
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or (n_weights > MOST_WEIGHTS and torch.is_grad_enabled()):
         return F.scaled_dot_product_attention(q, k, v)

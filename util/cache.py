@@ -24,8 +24,8 @@ from util.storyboard import parse_entries, prompt_at, storyboard_beside
 from util.video import READING, read_video, to_pixels, video_info
 from util.weights import open_safetensors
 
-# Raise it when a change makes other latents or embeddings of a file, or other files of them: caches are then made again.
-# (For read_video() raise READING.)
+# Raise it when a change makes other latents or embeddings of a file, or other files of them: caches are then made
+# again. (For read_video() raise READING.)
 VERSION = 2
 
 
@@ -55,8 +55,8 @@ def read_manifest(folder, base):
     for key, value in ours.items():
         if not agrees(value, theirs.get(key)):
             raise UserError(
-                f"--data {folder} was cached with {key} {theirs.get(key)}, not {value}: give the preset that it was made "
-                "for, or run data.py cache again"
+                f"--data {folder} was cached with {key} {theirs.get(key)}, not {value}: give the preset that it "
+                "was made for, or run data.py cache again"
             )
     found = {}
     for video, windows in videos.items():
@@ -117,7 +117,8 @@ def read_captions(path):
 
 
 def find_captions(folder, captions_file, names):
-    """{video: storyboard} of --captions. Warns of captions that belong to no video; refuses them if that is so for all."""
+    """{video: storyboard} of --captions. Warns of captions that belong to no video; refuses them if that is so for
+    all."""
     captions = read_captions(captions_file)
     unknown = captions.keys() - set(names)
     if unknown and len(unknown) == len(captions):
@@ -214,8 +215,8 @@ def write_windows(folder, path, board, key, base):
 def video_windows(path, base):
     """Yield (start in seconds, frames (F, H, W, 3) uint8) of windows of a history and a section, one after another.
 
-    F is whole latents. The last window ends with the video, so it may overlap with the one before, or is shorter if it is
-    the only one. Raises UserError before the first window, or not at all.
+    F is whole latents. The last window ends with the video, so it may overlap with the one before, or is shorter if it
+    is the only one. Raises UserError before the first window, or not at all.
     """
     codec = base.codec
     in_frames = lambda n: (n - 1) * codec.stride[0] + 1 if codec.causal else n * codec.stride[0]

@@ -98,7 +98,8 @@ def read_log(path):
 
 
 def start_log(out, step):
-    """Make the run folder; keep the log's entries up to this step. Weights without a state are kept under another name."""
+    """Make the run folder; keep the log's entries up to this step. Weights without a state are kept under another
+    name."""
     remove_leftovers(out)
     log, weights = out / "log.jsonl", out / "model.safetensors"
     if step == 0 and weights.is_file():

@@ -1,5 +1,5 @@
-"""Weights from safetensors files: strict (whatever does not fit is named), safe (no code in a file can run), and never a
-second copy in memory."""
+"""Weights from safetensors files: strict (whatever does not fit is named), safe (no code in a file can run), and never
+a second copy in memory."""
 
 from pathlib import Path
 
@@ -66,7 +66,8 @@ def read_config(path):
     config = own_config(path)
     if config is None:
         raise UserError(
-            f"{path} was not written by pretrain.py or finetune.py (no config in it): give a model.safetensors of theirs"
+            f"{path} was not written by pretrain.py or finetune.py (no config in it): give a model.safetensors of "
+            "theirs"
         )
     return config
 
@@ -75,8 +76,8 @@ def load_weights(module, files, rename=None, names=None, device="cpu", dtype=Non
     """Read the tensors of `module` from safetensors files, strictly. Nothing changes unless everything fits.
 
     rename(name in the file) -> name here, or None to skip it; names: only these tensors of the module.
-    Each tensor goes straight to `device` and to dtype(name, tensor here), by default the module's own dtype, so a module
-    built on the meta device never takes more memory than in the end.
+    Each tensor goes straight to `device` and to dtype(name, tensor here), by default the module's own dtype, so a
+    module built on the meta device never takes more memory than in the end.
     Raises UserError naming a missing, extra, wrong-shaped or non-finite tensor.
     """
     wanted = {name: tensor for name, tensor in module.state_dict().items() if names is None or name in names}

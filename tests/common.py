@@ -1,0 +1,177 @@
+"""What tests share: tiny presets, command lines, small files. (Fixtures: conftest.py.)"""
+
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import bases
+import finetune
+import pretrain
+from bases import nano, open_base, wan
+from encoder import MemoryDiT
+from model import DiTConfig
+from util.cli import run_main
+from util.video_writer import VideoWriter
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"  # what the project does not need; tests that use it are skipped without it
+TINY = dict(
+    dit=DiTConfig(dim=48, ffn_dim=64, heads=2, layers=1, text_dim=16, text_len=24),
+    sizes=((32, 32),),
+    fps=2,
+    section=4,
+    history=40,
+    widths=(8, 8, 16, 16),
+)
+nano.PRESETS["tiny"] = TINY
+wan.PRESETS["tiny-wan"] = TINY | dict(history=9, lora=4, optimizer="adamw", lr=1e-3, recompute=True, needs_cache=True)
+bases.BASES |= {"tiny": nano, "tiny-wan": wan}
+
+SETTINGS = dict(
+    pretrain=pretrain.PretrainConfig(preset="tiny"),
+    finetune=finetune.FinetuneConfig(preset="tiny", t_mean=2.5, t_std=2.0),
+)
+
+
+def tiny_base(name="tiny"):
+    return open_base(name)
+
+
+def tiny_encoder(method="proposed", rate="4x4x2", preset="tiny"):
+    return MemoryDiT(open_base(preset), method, rate).encoder
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def randomize(module, seed=0):
+    """Random weights everywhere: a weight that starts at zero or one must not hide a mistake."""
+    g = torch.Generator().manual_seed(seed)
+    for name, p in module.named_parameters():
+        scale = 0.1 if p.ndim == 1 else p[0].numel() ** -0.5
+        p.data = (p.ndim == 1 and name.endswith("weight")) + scale * torch.randn(p.shape, generator=g)
+    return module.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command lines and runs
+
+
+def run(main, *flags):
+    """A script's main with these flags, in this process."""
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(sys, "argv", ["script", *map(str, flags)])
+        run_main(main)
+
+
+def script(name):
+    """The main of data.py or eval.py, whose commands are chosen by the first flag: run(script("eval"), "elo", ...)."""
+    import data
+    import eval as evaluation
+    from util.cli import run_command
+
+    if name == "data":
+        return lambda: run_command("data.py", {"story": data.story, "cache": data.cache}, data.__doc__)
+    return lambda: run_command("eval.py", evaluation.COMMANDS, evaluation.__doc__)
+
+
+def flags(cache, **changes):
+    """The command line of a tiny training run."""
+    given = dict(preset="tiny", init="random", cache=cache, clips=8, held_out=2, batch=4, steps=3, warmup=2)
+    given |= dict(save_every=99, sample_steps=1, device="cpu") | changes
+    return [x for k, v in given.items() for x in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
+
+
+def losses(folder, key="loss"):
+    return [json.loads(line)[key] for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+
+
+def read_csv(path):
+    return list(csv.DictReader(Path(path).read_text().splitlines()))
+
+
+def torchrun(module, *argv):
+    """The main of a module on two processes that know the tiny presets."""
+    Path("tiny.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        f"import tests.common\nimport {module}\nfrom util.cli import run_main\nrun_main({module}.main)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "tiny.py"]
+    done = subprocess.run(
+        [*command, *map(str, argv)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def write_checkpoint(path="tiny.safetensors", stage="finetune", method="proposed", change=None, **claims):
+    """A checkpoint of random weights, written as train() does; its config may claim something else."""
+    state = randomize(MemoryDiT(tiny_base(), method)).state_dict()
+    if change is not None:
+        change(state)
+    config = finetune.FinetuneConfig(preset="tiny", method=method, rate="4x4x2")
+    config = {**dataclasses.asdict(config), "stage": stage, "step": 7}
+    save_file(state, path, {"config": json.dumps({**config, **claims})})
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small videos
+
+
+def write_video(path, n=10, seed=0, size=32):
+    """A small video of a soft moving pattern, 2 frames per second."""
+    y, x = torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    waves = [torch.sin(x / 5 + y / (4 + c) + 0.5 * f + seed) for f in range(n) for c in range(3)]
+    frames = (100 + 80 * torch.stack(waves)).view(n, 3, size, size).permute(0, 2, 3, 1).to(torch.uint8)
+    with VideoWriter(path, 2, size, size, scale=4) as w:
+        w.write(frames)
+    return frames
+
+
+def greys(n, h=16, w=24):
+    """n flat frames, each 20 levels lighter than the one before."""
+    return (20 * torch.arange(n)).to(torch.uint8).view(-1, 1, 1, 1).repeat(1, h, w, 3)
+
+
+def levels(frames):
+    """The mean grey of each frame, in steps of 20."""
+    return (frames.float().mean((1, 2, 3)) / 20).round().int().tolist()
+
+
+def write_raw(path, frames, codec="libx264", pix_fmt="yuv420p", times=None, options=None, source="rgb24"):
+    """Write arrays with any codec and any time stamps (milliseconds; by default 10 frames per second)."""
+    with av.open(str(path), "w", options=options or {}) as container:
+        stream = container.add_stream(codec, rate=10)
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], pix_fmt
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for i, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(np.asarray(frame), format=source)
+            picture.pts, picture.time_base = times[i] if times else 100 * i, Fraction(1, 1000)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+
+
+def write_sound(path):
+    """A file with sound but no picture."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000, layout="mono")
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 16000
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode(None))
