@@ -11,6 +11,7 @@ import functools
 import hashlib
 import json
 import re
+import sys
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -47,9 +48,9 @@ def read_manifest(folder, base):
     """
     folder, path = Path(folder), Path(folder) / "manifest.json"
     advice = "delete it, then run data.py cache again"
-    manifest = parse_json(path.read_bytes(), path, advice, "settings", "videos")
-    theirs, videos = manifest["settings"], manifest["videos"]
-    if not isinstance(theirs, dict) or not isinstance(videos, dict):
+    manifest = parse_json(path.read_bytes(), path, advice, "settings")
+    theirs, videos = manifest["settings"], manifest.get("videos")
+    if not isinstance(theirs, dict):
         raise UserError(f"{path} is damaged: {advice}")
     ours = cache_settings(base) | {"prompts": base.prompts.settings}
     for key, value in ours.items():
@@ -58,6 +59,8 @@ def read_manifest(folder, base):
                 f"--data {folder} was cached with {key} {theirs.get(key)}, not {value}: give the preset that it "
                 "was made for, or run data.py cache again"
             )
+    if not isinstance(videos, dict):
+        raise UserError(f"{path} is damaged: {advice}")
     found = {}
     for video, windows in videos.items():
         found[video] = [(folder / "windows" / name, *shape) for name, _, *shape in windows]
@@ -148,7 +151,7 @@ def write_cache(videos, out, captions_file, base, processes):
     for path in tqdm(mine, desc="caching videos", disable=processes.rank > 0):
         entry = cache_video(out, path, names[path], captions, settings, base)
         if "skipped" in entry:
-            tqdm.write(f"skipped: {entry['skipped']}")
+            tqdm.write(f"skipped: {entry['skipped']}", file=sys.stderr)
         # counted over all processes: above the limit there is no need to encode the rest
         check_skipped(n_skipped(int("skipped" in entry)), len(paths), videos)
     processes.shutdown()
@@ -164,24 +167,33 @@ def index_of(out, name):
 def cache_video(out, path, name, captions, settings, base):
     """Make a video's windows and its index, unless they are there -> the index.
 
-    {"key": ..., "windows": [(file name, bytes, frames, height, width)]} or {"skipped": why}.
+    {"key": ..., "windows": [(file name, bytes, frames, height, width)]} or {"key": ..., "skipped": why}. Raises
+    UserError if the index is damaged, OSError if the disk does not take the files.
     """
-    index = index_of(out, name)
+    index, advice = index_of(out, name), "delete it, then run data.py cache again"
+    made = parse_json(index.read_bytes(), index, advice) if index.is_file() else {}
     try:
         board = (captions.get(name) if captions is not None else storyboard_beside(path)) or []
         key = hashlib.sha256(repr((settings, name, file_hash(path), board)).encode()).hexdigest()
-        made = parse_json(index.read_bytes(), index, "delete it") if index.is_file() else {}
-        complete = all(is_complete(out / "windows" / file, size) for file, size, *_ in made.get("windows", ()))
-        if made.get("key") == key and complete:
-            return made
-        made = dict(key=key, windows=write_windows(out / "windows", path, board, key, base))
-        if not board:
-            warn(f"no caption for {path}: trained without a prompt")
-    except (UserError, OSError) as e:
-        made = dict(skipped=str(e))
-    with atomic_write(index) as part:
-        part.write_text(json.dumps(made))
-    return made
+    except (UserError, OSError) as e:  # it may be readable next time: no key
+        return write_index(index, dict(skipped=str(e)))
+    complete = all(is_complete(out / "windows" / file, size) for file, size, *_ in made.get("windows", ()))
+    if made.get("key") == key and complete:
+        return made
+    try:
+        windows = write_windows(out / "windows", path, board, key, base)
+    except UserError as e:
+        return write_index(index, dict(key=key, skipped=str(e)))
+    if not board:
+        warn(f"no caption for {path}: trained without a prompt")
+    return write_index(index, dict(key=key, windows=windows))
+
+
+def write_index(path, entry):
+    """Write what was made of a video, and return it."""
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(entry))
+    return entry
 
 
 def write_windows(folder, path, board, key, base):
@@ -255,7 +267,7 @@ def finish_cache(out, names, settings):
     for path in (out / "windows").glob("*.safetensors"):
         if path.name not in files and re.fullmatch(r"[0-9a-f]{24}-\d+\.safetensors", path.name):
             path.unlink()
-    for folder in ("windows", "videos"):
-        remove_leftovers(out / folder)
+    for folder in (out, out / "windows", out / "videos"):
+        remove_leftovers(folder)
     n_windows = sum(len(windows) for windows in videos.values())
     print(f"{out} holds {n_windows} clips of {len(videos)} videos; {n_skipped} skipped")

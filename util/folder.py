@@ -1,4 +1,4 @@
-"""A folder of videos: what is in it, which are held out, which cannot be used."""
+"""A folder of videos: find them, split off held-out ones, report those that cannot be used."""
 
 import hashlib
 import math
@@ -6,14 +6,13 @@ import sys
 from pathlib import Path
 
 from util.cli import UserError, warn
-from util.video import read_video, video_info
+from util.video import VIDEO_SUFFIXES, read_video, video_info
 
-VIDEO_SUFFIXES = {".mp4", ".mov", ".webm", ".mkv", ".gif", ".avi", ".m4v"}
 LONE_VIDEO = "the only video is trained on and held out too: its figures say nothing about other videos"
 
 
 def find_videos(folder):
-    """All video files below a folder, sorted; hidden ones (macOS leaves ._x.mp4) are not. Raises UserError if none."""
+    """All video files below a folder, sorted, without hidden ones (macOS leaves ._x.mp4). Raises UserError if none."""
     if not Path(folder).is_dir():
         raise UserError(f"{folder} is not a folder: give a folder of videos")
     found = sorted(
@@ -27,7 +26,7 @@ def find_videos(folder):
 
 
 def nearest_size(sizes, info):
-    """The (height, width) whose shape is nearest to that of a video; info: of video_info()."""
+    """The (height, width) whose aspect ratio is nearest to a video's; info: from video_info()."""
     shape = math.log(info["height"] / info["width"])
     return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - shape))
 
@@ -38,19 +37,20 @@ def read_clip(path, base):
 
 
 def check_skipped(count, total, folder):
-    """Raises UserError above 20 % of videos that cannot be used."""
+    """Raise UserError if more than 20 % of the videos cannot be used."""
     if count > 0.2 * total:
         raise UserError(f"{count} of {total} videos in {folder} cannot be used, above 20 %: the reasons are above")
 
 
 def report_skipped(skipped, total, folder):
-    """List the files that could not be used. Raises UserError above 20 % of them."""
+    """List the files that cannot be used on stderr. Raises UserError if they are more than 20 %."""
     for message in skipped:
         print(f"skipped: {message}", file=sys.stderr)
     check_skipped(len(skipped), total, folder)
 
 
 def warn_past_end(path, seconds, end):
+    """Warn that the last prompt of a video's storyboard starts after the video has ended; both in seconds."""
     warn(f"{path}: its storyboard goes on to {seconds:g} s, but the video ends at {end:g} s")
 
 
@@ -60,8 +60,11 @@ def name_digest(name):
 
 
 def split_videos(videos):
-    """(names of videos to train on, of held-out ones): about one in ten is held out, each by its own name, so that of
-    many videos one that is added changes nothing for the others; at least one, and never all; of a single one, both."""
+    """Split video names -> (names to train on, held-out names).
+
+    About one in ten is held out, at least one and never all; a lone video is in both. Each is chosen by its own name,
+    so adding a video to many does not move the others.
+    """
     order = sorted(videos, key=name_digest)
     held = [name for name in order if name_digest(name) % 10 == 0][: max(1, len(order) - 1)] or order[:1]
     return [name for name in order if name not in set(held)] or order, held

@@ -12,11 +12,11 @@ MEANT_AS_TIMESTAMP = re.compile(r"[-+]?[\d.,:]+\s*(s|secs?|seconds?|m|mins?|ms)\
 
 
 def parse_storyboard(text_or_path):
-    """Read prompts -> list of (seconds, prompt), times rising; [] for an empty text.
+    """Read prompts -> list of (seconds, prompt) in rising order of time; [] for an empty text.
 
-    Takes a plain prompt (it holds from 0 s on); `0s: a man walks / 4.5s: he sits`, entries parted by " / " or by lines;
+    Takes a plain prompt (it holds from 0 s on); `0s: a man walks / 4.5s: he sits`, entries on lines or split by " / ";
     or the path of a .txt (the same; lines that begin with # are comments) or of a .json, a list of [seconds, prompt]
-    or {"start": seconds, "text": prompt} (an "end" may stand there, but a prompt holds until the next one begins).
+    or {"start": seconds, "text": prompt} (an "end" is ignored: a prompt holds until the next one begins).
     Raises UserError naming the line or entry.
     """
     text = str(text_or_path).strip()
@@ -96,7 +96,7 @@ def prompt_at(storyboard, seconds):
 
 
 def storyboard_beside(path):
-    """The storyboard in the .json or .txt (the first that is there) of the same name beside a video, or None."""
+    """The storyboard in the .json, else the .txt, of the same name beside a video, or None."""
     for beside in (Path(path).with_suffix(".json"), Path(path).with_suffix(".txt")):
         if beside.is_file():
             return parse_storyboard(beside)

@@ -22,8 +22,9 @@ from util.cli import UserError, warn
 # FFmpeg's default conversion from YUV is fast and 1 level of 255 too dark; this one is right within 1.
 EXACT = Interpolation.POINT | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 MOST_PIXELS = 2**26  # per frame, 8192 x 8192: a header may claim any size, and memory holds a frame several times
-READING = 1  # raise it when read_video() makes other frames of a file: caches are then made again
+READING = 1  # raise it when read_video() returns different frames for the same file, so that caches are rebuilt
 LONGEST_STILL = 3600  # seconds that one frame may stay: a broken time stamp would fill the memory with copies of it
+VIDEO_SUFFIXES = {".mp4", ".mov", ".webm", ".mkv", ".gif", ".avi", ".m4v"}
 
 
 def to_pixels(frames):
@@ -37,7 +38,7 @@ def to_frames(pixels):
 
 
 def open_container(path):
-    """An open av container. Raises UserError."""
+    """Open a video file -> av container. Raises UserError."""
     if not os.path.isfile(path):
         what = "is a folder" if os.path.isdir(path) else "does not exist"
         raise UserError(f"{path} {what}: give the path of a video file")
@@ -70,7 +71,7 @@ def find_stream(container, path):
 
 
 class _Frames:
-    """The decoded frames of one file in order of time. Damage is counted, not raised.
+    """The decoded frames of one file, in order of time. Damage is counted, not raised.
 
     decoded, unreadable: frames decoded and packets that could not be; missing: seconds cut off at the end.
     """
@@ -96,15 +97,15 @@ class _Frames:
         self.tick = float(self.stream.time_base)
         self.rate = float(self.stream.average_rate or self.stream.guessed_rate or 25)
         self.stated = self._stated_seconds()
-        # Time stamps are rounded to ticks (10 ms in a gif), so half a tick late is not late. An avi's tick is a
-        # whole frame, hence the limit.
+        # Time stamps are rounded to ticks (10 ms in a gif), so half a tick late still counts as on time. A tick of
+        # an avi is a whole frame, hence the limit.
         self.grace = min(self.tick / 2, 0.005) + 1e-6
 
     def close(self):
         self.container.close()
 
     def _stated_seconds(self):
-        """How long the file says the stream is, in seconds, or None. (The container's figure counts the sound too.)"""
+        """The stream's length in seconds as the file states it, or None. (The container's includes the sound.)"""
         if self.stream.duration:
             return self.stream.duration * self.tick
         tag = re.fullmatch(r"(\d+):(\d+):([\d.]+)", self.stream.metadata.get("DURATION", ""))  # mkv, webm: its end
@@ -113,11 +114,11 @@ class _Frames:
             return 3600 * hours + 60 * minutes + seconds - (self.stream.start_time or 0) * self.tick
 
     def packets(self):
-        """Compressed packets, then an empty one, on which the decoder gives out the frames it still holds."""
-        self.covered = 0.0  # seconds of the stream that were really there
+        """Yield the compressed packets, then an empty one, which makes the decoder return the frames it still holds."""
+        self.covered = 0.0  # seconds of the stream that are really in the file
         try:
             for packet in self.container.demux(self.stream):
-                # mp4 states its length in decoding times, mkv in showing times
+                # mp4 states its length in decoding time, mkv in presentation time
                 self.first = self.first or (packet.pts, packet.dts)
                 for stamp, first in zip((packet.pts, packet.dts), self.first):
                     if stamp is not None and first is not None:
@@ -128,7 +129,7 @@ class _Frames:
             yield None
 
     def walk(self):
-        """Yield (seconds since the file's first frame, av.VideoFrame) from here on, and at last (end, None)."""
+        """Yield (seconds since the file's first frame, av.VideoFrame) from the current position, then (end, None)."""
         self.decoded, self.unreadable, self.missing = 0, 0, 0.0
         now, gap = 0.0, 1 / self.rate
         for packet in self.packets():
@@ -153,12 +154,12 @@ class _Frames:
             missing = self.stated - self.covered
             if missing > max(0.1, 2 / self.rate):
                 self.missing = missing
-            else:  # a frame's own duration is unreliable where times vary; the whole stream's is not
+            else:  # a frame's own duration is unreliable if the frame rate varies; the whole stream's is not
                 end = min(self.stated, self.covered)
         yield max(end - self.grace, now + 2 * self.grace), None  # the end is rounded too
 
     def walk_from(self, start):
-        """walk() from a frame at or before `start` seconds, by a jump where the file allows one."""
+        """walk() from a frame at or before `start` seconds, by seeking if the file allows it. Raises UserError."""
         walk = self.walk()
         first = next(walk, None)
         if first is None:
@@ -173,7 +174,7 @@ class _Frames:
                 landed = None
             if landed is not None and landed[0] <= start:
                 return chain([landed], jumped)
-            self.close()  # no index, or a wrong one: from the beginning, then
+            self.close()  # no index, or a wrong one: start over from the beginning
             self._open()
             walk = self.walk()
             first = next(walk)
@@ -182,7 +183,7 @@ class _Frames:
 
 @contextmanager
 def _frames_of(path):
-    """A _Frames that is closed at the end, its errors being the user's."""
+    """Open a file as _Frames and close it at the end. FFmpeg's errors become UserErrors."""
     frames = _Frames(path)
     try:
         yield frames
@@ -193,9 +194,9 @@ def _frames_of(path):
 
 
 def _orientation(frame):
-    """(transposed, mirrored, upside down): how the frame is to be shown. Phones say so in a display matrix.
+    """How to show a frame: (transposed, mirrored, upside down). Phones store it in a display matrix.
 
-    frame.rotation is not used: it takes a mirrored picture for one turned by 180 degrees.
+    frame.rotation would not do: it mistakes a mirrored picture for one turned by 180 degrees.
     """
     matrix = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
@@ -205,9 +206,9 @@ def _orientation(frame):
 
 
 def crop_and_resize(frame, height, width, pixel_aspect):
-    """av.VideoFrame -> (height, width, 3) uint8: upright, alpha over white, filling the size, the middle kept.
+    """av.VideoFrame -> (height, width, 3) uint8: upright, alpha over white, scaled to fill, cropped to the middle.
 
-    pixel_aspect: width / height of one stored pixel. White, since transparent pictures are seen on pages.
+    pixel_aspect: width / height of one stored pixel. White, because pages show transparent pictures on white.
     """
     picture = over_white(frame.to_ndarray(format="rgba", interpolation=EXACT))
     transposed, mirrored, upside_down = _orientation(frame)
@@ -218,8 +219,8 @@ def crop_and_resize(frame, height, width, pixel_aspect):
     scale = max(height / h, width / (w * pixel_aspect))
     crop_h, crop_w = height / scale, width / scale / pixel_aspect
     top, left = int((h - crop_h) / 2), int((w - crop_w) / 2)
-    # Box = the exact mean where a whole number of pixels becomes one, as in what VideoWriter enlarged; elsewhere it
-    # would leave steps, and bicubic (widened by the factor, so antialiased) does not.
+    # If a whole number of pixels becomes one, as in what VideoWriter enlarged, a box filter is the exact mean.
+    # Otherwise it would leave steps; bicubic, which Pillow widens by the factor and so antialiases, does not.
     whole = all(abs(n / m - round(n / m)) < 1e-6 and n > m - 1e-6 for n, m in ((crop_h, height), (crop_w, width)))
     resampling = Image.Resampling.BOX if whole else Image.Resampling.BICUBIC
     box = (left, top, min(w, left + crop_w), min(h, top + crop_h))
@@ -235,11 +236,11 @@ def over_white(picture):
 
 
 def read_video(path, fps, height, width, start=0.0, seconds=None):
-    """Read a video -> (F, height, width, 3) uint8, frame k being what was on screen `start + k / fps` seconds in.
+    """Read a video -> (F, height, width, 3) uint8. Frame k is what is on screen after `start + k / fps` seconds.
 
-    Time counts from the first frame and is taken from the time stamps, never from the nominal rate. seconds: read at
-    most this long. Where the file is shorter, fewer frames come back (a still gives one). A damaged file gives what can
-    be decoded and a warning on stderr.
+    Time counts from the first frame and comes from the time stamps, never from the nominal rate. seconds: read at most
+    this much. A shorter file gives fewer frames (a still gives one). A damaged file gives what can be decoded, and a
+    warning on stderr.
     Raises UserError (a ValueError) for a file that cannot be read, or that ends before `start`.
     """
     for name, value in {"fps": fps, "height": height, "width": width, "seconds": seconds}.items():
@@ -280,14 +281,14 @@ def _sampled(frames, fps, height, width, start, count):
 
 
 def video_info(path):
-    """A video's dict(seconds, frames, height, width, fps), decoding one frame: float, int or None, int, int, float.
+    """Decode one frame of a video -> dict(seconds float, frames int or None, height int, width int, fps float).
 
     height and width are as shown (after rotation, with square pixels); fps is the average. Raises UserError.
     """
     with _frames_of(path) as frames:
         _, frame = next(frames.walk_from(0.0))
         seconds = frames.stated or (frames.container.duration or 0) / av.time_base
-        if not seconds:  # recorded by a browser, say: add up the packets
+        if not seconds:  # as in a browser's recording: add up the packets
             deque(frames.packets(), maxlen=0)
             seconds = frames.covered
         height, width = frame.height, round(frame.width * float(frames.stream.sample_aspect_ratio or 1))

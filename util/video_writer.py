@@ -1,4 +1,4 @@
-"""Writing video files. PyAV directly: imageio's writers cannot say which colour matrix they used."""
+"""Writing video files. PyAV directly: imageio.v3's pyav plugin can set neither colour tags nor the quality (crf)."""
 
 import math
 from contextlib import ExitStack
@@ -17,7 +17,7 @@ from util.files import atomic_write, check_writable
 class VideoWriter:
     """Writes a video section by section: `with VideoWriter(path, fps, height, width) as w: w.write(frames)`.
 
-    path ends in .mp4, .mov or .mkv (H.264, plays everywhere) or .gif. height, width: of the frames given. scale: the
+    path ends in .mp4, .mov or .mkv (H.264, plays everywhere) or .gif. height, width: of the frames to write. scale: the
     whole factor to enlarge by (nearest neighbour); by default the largest that keeps the short side within 512.
     Nothing appears at `path` before the end, and nothing at all on an exception. Raises UserError.
     """
@@ -36,6 +36,7 @@ class VideoWriter:
         self.count = 0
 
     def __enter__(self):
+        """Open a temporary file and its encoder. Raises UserError or OSError."""
         with ExitStack() as stack:
             temporary = stack.enter_context(atomic_write(self.path))
             options = {"movflags": "faststart"} if self.path.suffix.lower() in {".mp4", ".mov"} else {}

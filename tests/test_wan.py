@@ -1,0 +1,155 @@
+"""Wan 2.1: its VAE, umT5, whole segments. The VAE and umT5 are tiny and random, and need diffusers and transformers."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+import finetune
+import pretrain
+import sample
+from bases import open_base
+from bases.umt5 import UMT5Prompts
+from bases.wan import MEAN, STD, WanCodec
+from data import Clip, Clips
+from encoder import MemoryDiT
+from tests.common import SETTINGS, randn, tiny_base
+from util.cli import UserError
+
+
+def test_the_vae_in_pieces_equals_the_whole(vae):
+    codec, pixels = WanCodec(vae), randn(1, 3, 21, 32, 48).clamp(-1, 1)
+    latents = codec.encode(pixels)
+    mean, std = (torch.tensor(x).view(1, 16, 1, 1, 1) for x in (MEAN, STD))
+    with torch.no_grad():
+        theirs = codec.vae.encode(pixels).latent_dist.mode()
+        whole = codec.vae.decode(theirs).sample
+    assert latents.shape == (1, 16, 6, 4, 6) and (latents * std + mean - theirs).abs().max() < 1e-4
+    decode = codec.decoder()
+    parts = [decode(part) for part in latents.split([1, 2, 3], dim=2)]
+    assert [part.shape[2] for part in parts] == [1, 8, 12]
+    assert (torch.cat(parts, 2) - whole).abs().max() < 1e-4 and (codec.decode(latents) - whole).abs().max() < 1e-4
+    assert (codec.decode(latents[:, :, 3:]) - whole[:, :, 9:10]).abs().max() > 1e-3  # what went before matters
+    assert [codec.frames(n) for n in (1, 4, 5, 480, 481)] == [1, 1, 5, 477, 481]
+    assert tuple(codec.vae.config.latents_mean) == MEAN and tuple(codec.vae.config.latents_std) == STD
+
+
+@pytest.mark.parametrize("flag, stem", [("vae", "diffusion_pytorch_model"), ("t5", "model")])
+def test_models_are_read_whole_or_not_at_all(flag, stem, tmp_path, request):
+    path = tmp_path / "model"
+    shutil.copytree(request.getfixturevalue(flag), path)
+    open_base("tiny-wan", **{flag: path})
+    file = next(path.rglob(f"{stem}.safetensors"))
+    tensors, whole = load_file(file), file.read_bytes()
+    lost = next(name for name in tensors if "conv" in name or "DenseReluDense" in name)
+    tensors.pop(lost)
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(UserError, match=f"lacks {re.escape(lost)}"):
+        open_base("tiny-wan", **{flag: path})
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot be read"):
+        open_base("tiny-wan", **{flag: path})
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (dict(z_dim=48, latents_mean=[0.0] * 48, latents_std=[1.0] * 48), "48 channels"),
+        (dict(temperal_downsample=[False, False, True]), "another VAE"),
+        (dict(patch_size=2), "16 pixels"),
+        (dict(latents_mean=[0.0] * 16), "another VAE"),
+    ],
+)
+def test_another_vae_is_refused(change, says, tmp_path, vae):
+    config = json.loads((vae / "config.json").read_text())
+    type(WanCodec(vae).vae).from_config(config | change).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=says):
+        WanCodec(tmp_path / "other")
+
+
+def test_a_text_encoder_of_another_width_is_refused(t5):
+    with pytest.raises(UserError, match="makes vectors of 16 numbers, but the DiT reads 32"):
+        UMT5Prompts(t5, 32)
+
+
+def test_the_vae_shows_frames_in_their_place(vae):
+    codec = WanCodec(vae)
+    latents, other = (codec.encode(randn(2, 3, 21, 16, 16, seed=i).clamp(-1, 1)) for i in (0, 1))
+    shown = codec.show(latents, other[:, :, [2, 4]], torch.tensor([[2, 4], [0, 5]]))
+    assert shown.shape == (2, 3, 2, 16, 16)
+    video = latents[:1].clone()
+    video[:, :, [2, 4]] = other[:1, :, [2, 4]]
+    assert (shown[0] - codec.decode(video)[0][:, [8, 16]]).abs().max() < 1e-4
+    beyond = codec.show(latents[:, :, :4], latents[:, :, 4:], torch.tensor([[4, 5]] * 2))  # the next section
+    assert (beyond - codec.decode(latents)[:, :, [16, 20]]).abs().max() < 1e-4
+
+
+def test_the_codec_downsamples_whole_segments_and_the_lone_latent():
+    codec, x = WanCodec(), randn(1, 16, 9, 6, 10)
+    small = codec.downsample(x, (2, 2, 2))
+    assert small.shape == (1, 16, 5, 4, 6)  # up to whole 2 x 2 tokens
+    assert torch.allclose(small[:, :, 0, :3, :5], F.avg_pool2d(x[:, :, 0], 2)) and not codec.decodes
+    assert torch.allclose(small[:, :, 1:, :3, :5], F.avg_pool3d(x[:, :, 1:], 2), atol=1e-6)
+    with pytest.raises(UserError, match="--vae"):
+        codec.decoder()
+
+
+@torch.no_grad()
+def test_prompts_are_zero_padded(t5, capsys):
+    prompts = UMT5Prompts(t5, 16, 6)
+    rows, tokens = prompts("a  cat\nwalks"), torch.tensor([[3, 4, 6, 1]])
+    assert rows.shape == (6, 16) and not rows[4:].any()
+    assert torch.equal(rows[:4], prompts.model(tokens).last_hidden_state[0].float()) and not prompts("").any()
+    assert torch.equal(prompts("a &amp;amp; cat"), prompts("a & cat"))
+    long = prompts("a cat walks a dog walks a cat")
+    assert "cut to 6" in capsys.readouterr().err and long.any(1).all()
+    expected = prompts.model(torch.tensor([[3, 4, 6, 3, 5, 1]])).last_hidden_state[0].float()  # the end stays
+    assert torch.equal(long, expected)
+
+
+def test_prompts_are_embedded_on_the_cpu_if_the_gpu_is_too_small(t5, capsys, monkeypatch):
+    expected = UMT5Prompts(t5, 16, 6)("a cat walks")
+    prompts, devices = UMT5Prompts(t5, 16, 6), []
+
+    def move(model, device, real=torch.nn.Module.to):
+        devices.append(device)
+        if device == "cuda":
+            raise torch.OutOfMemoryError
+        return real(model, device)
+
+    monkeypatch.setattr(torch.nn.Module, "to", move)
+    prompts.device = "cuda"
+    assert torch.equal(prompts("a cat walks"), expected) and devices == ["cuda", "cpu"]
+    assert "runs on the CPU" in capsys.readouterr().err
+
+
+def test_training_is_on_whole_segments_at_the_bases_noise_levels():
+    base, clips = tiny_base("tiny-wan"), Clips([Clip(randn(16, 13, 8, 8), [])])
+    encoder = MemoryDiT(base).encoder
+    for step in range(20):
+        batch = finetune.draw_continuation(SETTINGS["finetune"], base, encoder, clips, range(1), step)
+        assert batch.high.shape[2] in (5, 9)  # the lone first latent, and one or two segments
+    save_file({"any": torch.zeros(1)}, "base.safetensors")
+    config = finetune.FinetuneConfig(preset="wan-14b", init="base.safetensors")
+    pretrain.check(config)
+    assert (config.t_mean, config.t_std, config.lora) == (1.3, 1.0, 128)
+
+
+@pytest.mark.parametrize(
+    "frames, latents, tokens", [(5, 2, 1664), (33, 9, 520), (320, 73, 3848), (321, 81, 4264), (330, 81, 4264)]
+)
+def test_a_history_is_whole_segments(frames, latents, tokens, monkeypatch):
+    """20 s at 16 fps are 320 frames, 80 latents: seven of them would wait uncompressed."""
+    monkeypatch.setattr(sample, "read_clip", lambda path, base: torch.arange(frames)[:, None, None, None])
+    base = open_base("wan-1.3b")
+    history, kept = sample.read_history(sample.SampleConfig(), base)
+    assert len(history) == frames and kept.flatten()[-1] == frames - 1 and len(kept) == 4 * latents - 3
+    with torch.device("meta"):
+        encoder = MemoryDiT(base, rate="4x4x2").encoder
+        high = torch.zeros(1, 16, latents, 480 // 8, 832 // 8)
+        memory = encoder.encode(high, pretrain.downsample(base, encoder, high))
+    assert memory[0].shape == (1, tokens, base.dit.dim)
