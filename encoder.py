@@ -119,7 +119,7 @@ class MemoryEncoder(nn.Module):
 
     has_stage1 = True  # it keeps every frame, so frames can be retrieved
     has_rate = True  # the rate decides how many tokens it has
-    one_token_per_block = True  # and each stands for one block, so patch_embedding serves uncompressed frames alone
+    may_skip_weights = True  # a batch without uncompressed frames does not use patch_embedding
     reads_low = False  # forward() reads `low`
 
     def __init__(self, base, rate, window=1):

@@ -179,8 +179,7 @@ def train(config, stage, model, base, processes, clips, held_out, draw, draw_hel
     processes.same_start(first, [*ema.params, *ema.shadow])
     if config.compile:
         compile_blocks(model.dit)
-    # without uncompressed frames in a batch, φ's patch embedding may not be used
-    ddp = processes.wrap(model, find_unused_parameters=model.encoder.one_token_per_block)
+    ddp = processes.wrap(model, find_unused_parameters=model.encoder.may_skip_weights)
     run = Run(stage, config.out, first, config.steps, processes)
     if main:
         describe(config, model, base, processes)
@@ -204,8 +203,8 @@ def train(config, stage, model, base, processes, clips, held_out, draw, draw_hel
                 optimizer.step()
             ema.update(step)
         ddp.zero_grad(set_to_none=True)
-        loss, stop = processes.sum_loss(total / config.batch, run.signals)
-        record = {"step": step + 1, "loss": loss, "grad_norm": norm.item()}
+        mean_loss, stop = processes.sum_loss(total / config.batch, run.signals)
+        record = {"step": step + 1, "loss": mean_loss, "grad_norm": norm.item()}
         due = step + 1 == config.steps or (step + 1) % config.save_every == 0
         if due:
             with ema.swapped():

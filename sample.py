@@ -274,7 +274,7 @@ def main():
             sheet.add(frames)
             seconds += took
     sheet.save(file.with_suffix(".png"))
-    print(f"{seconds / sections:.2f} s per section of {length / base.fps:g} s; peak {peak_memory(device):.2f} GiB")
+    print(f"{seconds / sections:.2f} s per section of {length / base.fps:g} s; peak memory {peak_memory(device):.2f} GiB")
     print(f"wrote {file} and {file.with_suffix('.png')}")
 
 
@@ -292,7 +292,7 @@ class ContactSheet:
         self.n_added += len(frames)
 
     def save(self, path):
-        rows, kept = [("history,\na frame a section", self.history)], torch.cat(self.kept)
+        rows, kept = [("history,\none frame per section", self.history)], torch.cat(self.kept)
         for first in range(0, len(kept), 12):
             seconds = first * self.every / self.fps
             rows.append((f"new, from {seconds:g} s\nafter its end", kept[first : first + 12]))

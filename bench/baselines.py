@@ -39,7 +39,7 @@ class LargePatchifier(MemoryEncoder):
 class Full(MemoryEncoder):
     """Every token of the history."""
 
-    has_rate = one_token_per_block = False
+    has_rate = may_skip_weights = False
 
     def encode_segments(self, high, low, start, length):
         return self.embed_frames(high, start + torch.arange(high.shape[2]))
@@ -51,7 +51,7 @@ class TokenMerging(MemoryEncoder):
     Positions are (B, M, 3), since what is merged depends on the picture.
     """
 
-    one_token_per_block = False
+    may_skip_weights = False
 
     def encode_segments(self, high, low, start, length):
         n = high.shape[2] // length
@@ -100,7 +100,7 @@ def bipartite_matching(x, count):
 class SlidingWindow(MemoryEncoder):
     """The newest `window` frames, uncompressed."""
 
-    has_stage1 = has_rate = one_token_per_block = False
+    has_stage1 = has_rate = may_skip_weights = False
 
     def whole(self, n_frames, start=0):
         return 0

@@ -65,27 +65,28 @@ def hashes(path, rank=0):
 
 
 @pytest.mark.parametrize("world", range(1, 9))
-def test_processes_share_every_batch(world):
+@pytest.mark.parametrize("batch, micro_batch", [(8, 8), (9, 2), (13, 1)])
+def test_processes_share_every_batch(world, batch, micro_batch):
     clips = Clips([Clip(torch.zeros(16, 4, 8, 8), []) for _ in range(29)])
-    for batch, micro_batch in (8, 8), (9, 2), (13, 1):
-        seen = []
+    steps = 29 // batch  # one epoch
+    config, seen = pretrain.PretrainConfig(batch=batch, micro_batch=micro_batch, steps=steps), []
 
-        def draw(some, rows, step):
-            seen.extend(id(some[row]) for row in rows)
+    def draw(some, rows, step):
+        assert len(some) == batch and len(rows) <= micro_batch
+        seen.extend(id(some[row]) for row in rows)
+        return list(rows)
 
-        per_epoch = 29 // batch
-        config = pretrain.PretrainConfig(batch=batch, micro_batch=micro_batch, steps=per_epoch)
-        for rank in range(world):
-            processes = SimpleNamespace(device=torch.device("cpu"), rank=rank, world_size=world)
-            batches = pretrain.draw_ahead(config, processes, clips, draw, 0)
-            for _ in range(per_epoch):
-                before = len(seen)
-                while not next(batches)[1]:
-                    pass
-                mine = len(range(rank, batch, world))
-                assert mine <= len(seen) - before <= 2 * mine  # one micro-batch is drawn ahead
-            assert next(batches, None) is None
-        assert sorted(seen) == sorted(set(seen)) and len(seen) == per_epoch * batch
+    for rank in range(world):
+        processes = SimpleNamespace(device=torch.device("cpu"), rank=rank, world_size=world)
+        batches = pretrain.draw_ahead(config, processes, clips, draw, 0)
+        for _ in range(steps):
+            rows, last = [], False
+            while not last:
+                more, last = next(batches)
+                rows += more
+            assert rows == list(range(rank, batch, world))
+        assert next(batches, None) is None
+    assert len(set(seen)) == len(seen) == steps * batch
 
 
 @posix
@@ -159,8 +160,8 @@ def check_ddp_is_freed(rank):
     wait for. A finished run then hung, rarely."""
     wrapped = []
 
-    def wrap(*given, real=util.distributed.Processes.wrap):
-        model = real(*given)
+    def wrap(*given, real=util.distributed.Processes.wrap, **more):
+        model = real(*given, **more)
         wrapped.append(weakref.ref(model))
         return model
 

@@ -113,7 +113,7 @@ def test_prompts_are_zero_padded(t5, capsys):
 
 def test_prompts_are_embedded_on_the_cpu_if_the_gpu_is_too_small(t5, capsys, monkeypatch):
     expected = UMT5Prompts(t5, 16, 6)("a cat walks")
-    prompts, devices = UMT5Prompts(t5, 16, 6), []
+    prompts, devices = UMT5Prompts(t5, 16, 6, "cuda"), []
 
     def move(model, device, real=torch.nn.Module.to):
         devices.append(device)
@@ -122,7 +122,6 @@ def test_prompts_are_embedded_on_the_cpu_if_the_gpu_is_too_small(t5, capsys, mon
         return real(model, device)
 
     monkeypatch.setattr(torch.nn.Module, "to", move)
-    prompts.device = "cuda"
     assert torch.equal(prompts("a cat walks"), expected) and devices == ["cuda", "cpu"]
     assert "runs on the CPU" in capsys.readouterr().err
 

@@ -88,7 +88,8 @@ def load_weights(module, files, rename=None, names=None, device="cpu", dtype=Non
             tensor = f.get_tensor(theirs)
             if not torch.stack(tensor.aminmax()).isfinite().all():  # no copy of the tensor's size
                 raise UserError(f"{path}: {theirs} holds values that are not finite; the file is damaged, use another")
-            found[name] = tensor.to(device, dtype(name, wanted[name]) if dtype else tensor.dtype, copy=True)
+            target = dtype(name, wanted[name]) if dtype else wanted[name].dtype
+            found[name] = tensor.to(device, target, copy=True)
     module.load_state_dict(found, strict=names is None, assign=True)
 
 

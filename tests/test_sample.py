@@ -1,0 +1,178 @@
+"""Sampling: a clip goes in, the clip and what follows it come out."""
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+import finetune
+import sample
+from data import check_prompts
+from dolls.stories import make_story
+from encoder import Memory, MemoryDiT, find_method, load_model
+from tests.common import (
+    ROOT,
+    flags,
+    greys,
+    randn,
+    randomize,
+    run,
+    tiny_base,
+    write_checkpoint,
+    write_raw,
+    write_video,
+)
+from util.video import read_video
+from util.weights import read_config
+
+
+@pytest.mark.parametrize(
+    "method, given, count",
+    [
+        ("sliding-window", {"window": 3}, 3 * 16),
+        ("keyframes", {}, 2 * 16),
+        ("token-merging", {"encoder": "none"}, 3 * 2),
+    ],
+)
+def test_other_methods_go_through_stage_2_and_sampling(method, given, count, cache, capsys):
+    if not find_method(method).has_stage1:  # even where a run of stage 1 lies ready
+        given = {**given, "encoder": "runs/pretrain"}
+    run(finetune.main, *flags(cache, out="run", method=method, rate="4x4x2", steps=1, **given))
+    path = "run/model.safetensors"
+    assert load_model(path, tiny_base()).encoder.window == read_config(path)["window"] == given.get("window", 1)
+    write_video("clip.mp4", 12)
+    common = "--history", "clip.mp4", "--checkpoint", path
+    run(sample.main, *common, "--seconds=2", "--steps=1", "--save_file=b.mp4")
+    assert len(read_video("b.mp4", 2, 32, 32)) == 12 + 4
+    assert f"memory: {count} tokens" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Section after section
+
+
+def continued(storyboard=(), sections=3, base=None, most=None, **settings):
+    """Latents of `sections` new sections after a random history, and the memory."""
+    base = base or tiny_base()
+    model = randomize(MemoryDiT(base))
+    memory = Memory(model, base.codec, most)
+    memory.append(randn(1, 16, 10, 8, 8))
+    config = sample.SampleConfig(**{"steps": 2, "guidance": 1.5, "shift": 3.0, **settings})
+    texts = sample.embed_prompts(config, base, list(storyboard), sections)
+    made = sample.continue_video(model, base, memory, texts, config, (32, 32))
+    return torch.cat([latents for latents, _ in made], 2), memory
+
+
+def test_sampling_depends_on_the_seed_alone():
+    a, b, c = continued(seed=1)[0], continued(seed=1)[0], continued(seed=2)[0]
+    assert a.shape == (1, 16, 12, 8, 8) and a.isfinite().all() and torch.equal(a, b) and (a - c).abs().mean() > 0.1
+    assert torch.equal(continued(seed=1, sections=1)[0], a[:, :, :4])
+
+
+def test_sampling_gives_each_section_its_prompt():
+    base, said = tiny_base(), []
+    embed = base.prompts
+    base.prompts = lambda text: said.append(text) or embed(text)
+    a, _ = continued([(0, "a cat"), (3.5, "a dog")], base=base)
+    assert sorted(said) == ["a cat", "a dog"]  # once each; sections begin at 0, 2 and 4 s
+    b, _ = continued([(0, "a cat")])
+    assert torch.equal(a[:, :, :8], b[:, :, :8]) and (a - b)[:, :, 8:].abs().max() > 1e-3
+
+
+def test_sampling_reads_memory_and_bounds_it():
+    a, everything = continued(sections=5)
+    b, bounded = continued(sections=5, most=2)
+    assert everything.frames == bounded.frames == 30
+    # 7 whole segments of 2 tokens, or the newest 2; and 2 frames of 16 tokens that wait
+    assert everything.context()[0].shape[1] == 7 * 2 + 2 * 16 and bounded.context()[0].shape[1] == 2 * 2 + 2 * 16
+    assert torch.equal(a[:, :, :4], b[:, :, :4]) and (a - b).abs().max() > 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script
+
+
+def test_sample_writes_the_history_then_what_follows(capsys):
+    history, checkpoint = write_video("clip.mp4", 10), write_checkpoint()
+    common = ["--history", "clip.mp4", "--checkpoint", checkpoint, "--seconds", 3, "--prompt", "waves"]
+    run(sample.main, *common, "--steps", 2, "--guidance", 2, "--shift", 3, "--seed", 5, "--save_file", "new/a.mp4")
+    assert "wrote new/a.mp4" in capsys.readouterr().out and Path("new/a.png").is_file()
+    made = read_video("new/a.mp4", 2, 32, 32)
+    assert len(made) == 10 + 8  # 3 s are two sections of 2 s
+    assert (made[:10].float() - history.float()).abs().mean() < 4 and made[10:].float().std() > 5
+    wans = "--sample_steps", 2, "--sample_guide_scale", 2, "--sample_shift", 3, "--base_seed", 5  # Wan's own names
+    run(sample.main, *common, *wans, "--save_file", "b.mp4")
+    assert torch.equal(read_video("b.mp4", 2, 32, 32), made)
+    run(sample.main, *common, "--steps", 2, "--guidance", 2, "--shift", 3, "--seed", 6, "--save_file", "c.mp4")
+    assert not torch.equal(read_video("c.mp4", 2, 32, 32), made)
+
+
+def test_the_readmes_lines_of_python_write_a_section(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    made, text = {}, Path("README.md").read_text(encoding="utf-8")
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], made)
+    assert made["frames"].shape == (4, 64, 64, 3) and made["frames"].float().std() > 5
+    assert made["memory"].frames == 44 and made["memory"].context()[0].shape == (1, 11 * 32, 256)
+
+
+def test_sample_takes_the_storyboard_beside_the_clip(capsys):
+    config = sample.SampleConfig(history="clip.mp4")
+    assert sample.storyboard_of(config, 10, 6) == []
+    Path("clip.txt").write_text("0s: a cat\n10s: a dog\n13s: a cow")
+    assert sample.storyboard_of(config, 10, 6) == [(-10, "a cat"), (0, "a dog"), (3, "a cow")]
+    two = dataclasses.replace(config, prompt="0s: a bee / 5s: a bear")
+    assert sample.storyboard_of(two, 10, 6) == [(0, "a bee"), (5, "a bear")]
+    assert not capsys.readouterr().err
+    sample.storyboard_of(two, 10, 4)
+    assert "--prompt: its storyboard goes on to 5 s, but the video ends at 4 s" in capsys.readouterr().err
+    sample.storyboard_of(config, 14, 6)
+    assert "ends before the clip does" in capsys.readouterr().err
+
+
+def test_words_that_no_caption_has_are_warned_of(capsys):
+    story = make_story(3, 13)
+    check_prompts("world", [story.caption(k) for k in range(13)])
+    check_prompts("my_videos", ["beach wide tall dragon"])
+    assert not capsys.readouterr().err
+    check_prompts("world", ["beach wide tall dragon"])
+    assert "never seen dragon;" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", ["one frame", "4 x 4 pixels", "shorter than a segment", "tall", "no memory"])
+def test_sample_takes_odd_clips(case):
+    sizes = {"one frame": (1, 32, 32), "4 x 4 pixels": (12, 4, 4), "tall": (12, 50, 22)}
+    n, h, w = sizes.get(case, (3, 32, 32))
+    write_raw("a.mkv", greys(n, h, w), "ffv1", "bgr0", times=[500 * i for i in range(n)])
+    checkpoint = write_checkpoint(method="none" if case == "no memory" else "proposed")
+    common = "--history", "a.mkv", "--checkpoint", checkpoint
+    run(sample.main, *common, "--seconds=2", "--steps=1", "--save_file=b.mp4")
+    assert len(read_video("b.mp4", 2, 32, 32)) == n + 4
+
+
+def test_sample_goes_on_from_what_is_left_of_a_video(capsys):
+    write_video("good.mp4")
+    whole = Path("good.mp4").read_bytes()
+    Path("half.mp4").write_bytes(whole[: len(whole) // 2])
+    run(sample.main, "--history", "half.mp4", "--checkpoint", write_checkpoint(), "--seconds=2", "--steps=1")
+    assert "half.mp4 is damaged or cut off" in capsys.readouterr().err and Path("out/half.mp4").is_file()
+
+
+def test_sample_takes_frames_that_are_not_numbers():
+    """Of a video in floating point; FFmpeg turns them into bytes."""
+    options = {"strict": "experimental", "level": "4"}
+    with av.open("a.mkv", "w") as file:
+        stream = file.add_stream("ffv1", rate=2, width=32, height=32, pix_fmt="gbrpf32le", options=options)
+        for _ in range(6):
+            frame = av.VideoFrame(32, 32, "gbrpf32le")
+            for plane in frame.planes:
+                plane.update(np.full(plane.buffer_size // 4, math.nan, np.float32).tobytes())
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode())
+    common = "--history", "a.mkv", "--checkpoint", write_checkpoint()
+    run(sample.main, *common, "--seconds=2", "--steps=1", "--save_file=b.mp4")
+    assert len(read_video("b.mp4", 2, 32, 32)) == 6 + 4
