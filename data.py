@@ -24,8 +24,8 @@ from bases import open_base
 from util.cache import VERSION, open_window, read_manifest, write_cache
 from util.cli import UserError, load_object, parse_flags, run_command, run_main, warn
 from util.distributed import start_processes
-from util.files import atomic_write, file_hash
-from util.folder import LONE_VIDEO, find_videos, read_clip, report_skipped, split_videos, warn_past_end
+from util.files import atomic_write, check_output, file_hash
+from util.folder import LONE_VIDEO, find_videos, read_clip, report_skipped, split_videos, warn_past_end, why_unusable
 from util.storyboard import prompt_at, storyboard_beside
 from util.video import READING, to_pixels
 from util.video_writer import VideoWriter
@@ -96,7 +96,13 @@ class CachedClip(Clip):
 
     def cut(self, first, last):
         with open_window(self.file) as f:
-            return f.get_slice("latents")[:, first:last][None].float()
+            latents = f.get_slice("latents")
+            if tuple(latents.get_shape()[1:]) != (self.length, *self.shape):
+                raise UserError(
+                    f"{self.file} holds {tuple(latents.get_shape()[1:])} frames, rows, columns; the manifest says "
+                    f"{(self.length, *self.shape)}: run data.py cache again"
+                )
+            return latents[:, first:last][None].float()
 
     def text(self, frame, prompts):
         with open_window(self.file) as f:
@@ -270,8 +276,8 @@ def encode_videos(folder, paths, base, cache):
                 least = 2 * base.section * stride / base.fps
                 raise UserError(f"{path} is shorter than one segment and one section, {least:g} s")
             prompts = storyboard_beside(path)
-        except UserError as e:
-            skipped.append(str(e))
+        except Exception as e:
+            skipped.append(why_unusable(path, e))
             continue
         if prompts is None:
             warn(f"no caption beside {path} (.txt or .json): trained without a prompt")
@@ -290,7 +296,7 @@ def encode_video(path, base, cache):
     if not file.exists():
         frames = read_clip(path, base)
         latents = base.codec.encode(to_pixels(frames[: base.codec.frames(len(frames))])[None])[0]
-        with atomic_write(file) as part:
+        with atomic_write(file, replace=True) as part:
             save_file({"latents": latents.half().contiguous()}, part)
     try:
         with open_safetensors(file) as f:
@@ -319,13 +325,15 @@ def story(argv):
         raise UserError(f"--preset {config.preset}: the paper-doll world is made for nano and small")
     if config.index < 0:
         raise UserError(f"--index {config.index}: stories are numbered from 0")
+    storyboard = Path(config.out).with_suffix(".txt")
+    check_output(storyboard)
     told, frames = dolls.story_pixels("held-out", config.index, base)
     shown = len(frames) if config.truth else dolls.HISTORY_SECTIONS * base.section
-    with VideoWriter(config.out, base.fps, *base.sizes[0]) as writer:
-        writer.write(frames[:shown])
     lines = [f"{k * base.section / base.fps:g}s: {told.caption(k)}\n" for k in range(dolls.STORY_SECTIONS)]
-    storyboard = Path(config.out).with_suffix(".txt")
-    storyboard.write_text("".join(lines))
+    # both files or none: the storyboard gets its name after the video was written
+    with atomic_write(storyboard) as part, VideoWriter(config.out, base.fps, *base.sizes[0]) as writer:
+        part.write_text("".join(lines))
+        writer.write(frames[:shown])
     advice = "" if config.truth else f"; continue it: python sample.py --history {config.out}"
     print(f"wrote {config.out} and {storyboard}{advice}")
 

@@ -26,6 +26,7 @@ from util.checkpoint import resume, save
 from util.cli import UserError, parse_flags, run_main
 from util.device import autocast
 from util.distributed import compile_blocks, start_processes
+from util.files import shipped
 from util.optim import EMA, make_optimizers, set_learning_rate
 from util.run import Run
 from util.weights import own_config, weight_files
@@ -274,7 +275,8 @@ def check(config):
     for key in ("rate", "lora", "optimizer", "lr", "t_mean", "t_std"):
         if getattr(config, key) is None:
             setattr(config, key, getattr(base, key))
-    parse_rate(config.rate)
+    t, h, w = parse_rate(config.rate)
+    config.rate = f"{h}x{w}x{t}"  # as checkpoints and tables name it
     find_method(config.method)
     for key in ("steps", "batch", "micro_batch", "save_every", "held_out", "sample_steps", "clips", "window"):
         if getattr(config, key) < 1:
@@ -303,7 +305,7 @@ def check_init(config):
                 "give --init a base, or --lora 0"
             )
         return
-    trained = own_config(weight_files(config.init)[0])
+    trained = own_config(weight_files(shipped(config.init))[0])
     if trained and trained["preset"] != config.preset:
         raise UserError(
             f"--init {config.init} is of --preset {trained['preset']}, not {config.preset}: give a base of "
@@ -316,7 +318,7 @@ def make_model(config, base, device):
     torch.manual_seed(config.seed)
     model = MemoryDiT(base, config.method, config.rate, config.window, empty=config.init != "random")
     if config.init != "random":
-        base.load_dit(model.dit, config.init, device, frozen=bool(config.lora))
+        base.load_dit(model.dit, shipped(config.init), device, frozen=bool(config.lora))
     model.to(device)  # φ too, before it takes weights over from the DiT
     model.encoder.start_from(model.dit, base.codec.averages)
     if config.lora:

@@ -9,10 +9,12 @@ Writes the history and what continues it to --save_file, and a contact sheet bes
 
 import math
 import time
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -20,16 +22,18 @@ from bases import open_base
 from data import check_prompts
 from encoder import Memory, MemoryDiT, load_model
 from model import sample
-from util.cli import UserError, load_object, parse_flags, run_main, warn
+from util.cli import Failure, UserError, load_object, parse_flags, run_main, warn
 from util.device import autocast, peak_memory, pick_device
-from util.folder import read_clip, warn_past_end
+from util.files import check_output, shipped
+from util.folder import stream_clip, warn_past_end
 from util.sheets import save_contact_sheet
 from util.storyboard import parse_storyboard, prompt_at, storyboard_beside
-from util.video import to_frames, to_pixels
+from util.video import has_sound, to_frames, to_pixels
 from util.video_writer import VideoWriter
 from util.weights import read_config, weight_files
 
 SOLVERS = {"euler": "model.euler"}  # a new one is a function like it and a line here
+SHEET_COLUMNS = 12  # of the contact sheet
 WAN_FLAGS = {  # Wan's own names
     "steps": ["--sample_steps"],
     "shift": ["--sample_shift"],
@@ -67,7 +71,7 @@ class SampleConfig:
 def continue_video(model, base, memory, texts, config, size):
     """Generate one section for each of `texts` (L, text_dim) and append it to `memory`.
 
-    size: (height, width) in pixels. Yields (latents (1, C, F, h, w), seconds it took).
+    size: (height, width) in pixels. Yields (latents (1, C, F, h, w), seconds it took). Raises Failure.
     """
     codec, device = base.codec, next(model.parameters()).device
     g = torch.Generator().manual_seed(config.seed)
@@ -82,16 +86,15 @@ def continue_video(model, base, memory, texts, config, size):
             settings = config.steps, config.shift, guidance, solver
             x = sample(model.dit, noise, text[None].to(device), times, memory.context(), *settings).float()
             if not x.isfinite().all():
-                raise UserError(
-                    f"{config.checkpoint} makes numbers that are not finite: train it again, or name another"
-                )
+                raise Failure(f"{config.checkpoint} makes numbers that are not finite: train it again, or name another")
             memory.append(x)
         yield x, time.perf_counter() - started
 
 
 @contextmanager
-def make_room(model, codec, device):
+def make_room(model, codec):
     """Let the model wait in host memory while a large codec works: side by side they would not fit 12 GB."""
+    device = next(model.parameters()).device
     if device.type == "cuda" and codec.large:
         model.to("cpu")
         torch.cuda.empty_cache()
@@ -99,8 +102,56 @@ def make_room(model, codec, device):
     model.to(device)
 
 
+def write_sections(writer, sheet, generated, decode, model, codec, sections):
+    """Decode and write each of the generated sections. Returns (seconds it took to generate them, what stopped it early
+    or None): a signal, too little memory and numbers that are not finite cost the sections to come, not those
+    before."""
+    seconds = 0.0
+    try:
+        for latents, took in tqdm(generated, total=sections, desc="sections"):
+            with make_room(model, codec):
+                frames = to_frames(decode(latents))[0].cpu()  # (F, H, W, 3)
+            writer.write(frames)
+            sheet.add(frames)
+            seconds += took
+    except (KeyboardInterrupt, SystemExit, torch.OutOfMemoryError, Failure) as stopped:
+        if not sheet.kept:
+            raise
+        return seconds, stopped
+    return seconds, None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # History, prompts, model
+
+
+@dataclass
+class History:
+    """The clip to continue. Only its newest frames are held, so that memory does not grow with its length."""
+
+    newest: torch.Tensor  # (F, H, W, 3) uint8: those that memory and contact sheet need
+    remembered: torch.Tensor  # the newest of these, which memory gets
+    frames: int  # of the whole clip
+
+
+def copy_history(frames, writer, config, base):
+    """Write the frames of the clip, one at a time -> History."""
+    most, section = sections_remembered(config, base), base.section * base.codec.stride[0]
+    held = deque(maxlen=most and max(most * section + base.codec.causal, SHEET_COLUMNS * section))
+    n_frames = 0
+    for frame in frames:
+        writer.write(frame[None])
+        held.append(frame)
+        n_frames += 1
+    n = n_frames
+    if most is not None:  # beside whole sections, a causal codec has one frame that stands alone
+        n = min(n, most * section + base.codec.causal)
+    if base.codec.causal and n > section:
+        # whole segments alone: up to seven latents of 480p would wait uncompressed, now and after every section, and be
+        # more tokens than all the rest; the oldest frames that do not fill a segment are left out
+        n = 1 + (n - 1) // section * section
+    newest = torch.from_numpy(np.stack(held))
+    return History(newest, newest[-base.codec.frames(n) :], n_frames)
 
 
 def sections_remembered(config, base):
@@ -109,41 +160,37 @@ def sections_remembered(config, base):
     return math.ceil(config.memory_seconds / section_seconds) if config.memory_seconds else None
 
 
-def read_history(config, base):
-    """(all frames of the clip, its newest that are remembered), uint8 (F, H, W, 3) each."""
-    history, codec, most = read_clip(config.history, base), base.codec, sections_remembered(config, base)
-    n, section = len(history), base.section * codec.stride[0]
-    if most is not None:  # beside whole sections, a causal codec has one frame that stands alone
-        n = min(n, most * section + codec.causal)
-    if codec.causal and n > section:
-        # whole segments alone: up to seven latents of 480p would wait uncompressed, now and after every section, and be
-        # more tokens than all the rest; the oldest frames that do not fill a segment are left out
-        n = 1 + (n - 1) // section * section
-    return history, history[-codec.frames(n) :]
-
-
-def storyboard_of(config, clip_seconds, seconds):
-    """[(seconds, prompt)], 0 s being the end of the clip; `seconds` are generated after it."""
+def section_prompts(config, base, clip_seconds):
+    """(storyboard with 0 s at the end of the clip, the prompt of each section to generate)."""
+    section_seconds = base.section * base.codec.stride[0] / base.fps
+    starts = [k * section_seconds for k in range(n_sections(config, base))]
+    if config.init == "random":
+        return [], [""] * len(starts)
     if config.prompt is not None:
         storyboard = parse_storyboard(config.prompt)
-        if storyboard and storyboard[-1][0] >= seconds:
-            warn_past_end("--prompt", storyboard[-1][0], seconds)
-        return storyboard
-    beside = storyboard_beside(config.history) or []
-    if len(beside) > 1 and beside[-1][0] < clip_seconds:
-        warn(
-            f"the storyboard beside {config.history} ends before the clip does: its last prompt is used for all that "
-            "is generated, or give --prompt"
-        )
-    return [(start - clip_seconds, prompt) for start, prompt in beside]
+        if storyboard and storyboard[-1][0] >= len(starts) * section_seconds:
+            warn_past_end("--prompt", storyboard[-1][0], len(starts) * section_seconds)
+    else:
+        beside = storyboard_beside(config.history) or []
+        if len(beside) > 1 and beside[-1][0] < clip_seconds:
+            warn(
+                f"the storyboard beside {config.history} ends before the clip does: its last prompt is used for all "
+                "that is generated, or give --prompt"
+            )
+        storyboard = [(start - clip_seconds, prompt) for start, prompt in beside]
+    return storyboard, [prompt_at(storyboard, start + 1e-6) for start in starts]
 
 
-def embed_prompts(config, base, storyboard, sections):
-    """The prompt of each section, (L, text_dim). All at once: a large text encoder can go before the DiT comes."""
-    seconds = [k * base.section * base.codec.stride[0] / base.fps for k in range(sections)]
-    prompts = [prompt_at(storyboard, s + 1e-6) for s in seconds]
+def n_sections(config, base):
+    """How many sections --seconds makes, rounded up."""
+    return math.ceil(config.seconds * base.fps / (base.section * base.codec.stride[0]) - 1e-6)
+
+
+def embed_prompts(config, base, prompts):
+    """Embeddings (L, text_dim) of these prompts. All at once: a large text encoder can go before the DiT comes."""
     embedded = {prompt: base.prompts(prompt) for prompt in set(prompts)}
     texts = [embedded[prompt] for prompt in prompts]
+    base.prompts = None  # umT5 is larger than a DiT of 1.3B
     # to measure speed and memory: any prompt, with no text encoder
     return [torch.randn_like(text) for text in texts] if config.init == "random" else texts
 
@@ -162,17 +209,26 @@ def open_model(config, base, device):
     return model.to(device).eval()
 
 
-def remember(model, base, latents, config):
-    """φ of the latents (1, C, F, h, w) of a history, as a Memory that grows."""
+def remember(config, base, history, device):
+    """(model, Memory of the history, the codec's decoder, which carries on from the history)."""
+    latents = base.codec.encode(to_pixels(history.remembered)[None]).to(device)
+    decode = base.codec.decoder()
+    if base.codec.causal:
+        for piece in latents.split(base.section, dim=2):
+            decode(piece)
+    model = open_model(config, base, device)
     memory = Memory(model, base.codec, sections_remembered(config, base))
-    with autocast(latents.device):
+    with autocast(device):
         memory.append(latents)
         context = memory.context()
     if context is None:
         warn(f"{config.checkpoint} is a model without memory: what it generates does not know the history")
     tokens = 0 if context is None else context[0].shape[1]
-    print(f"memory: {tokens} tokens (uncompressed: {memory.uncompressed})")
-    return memory
+    print(
+        f"history: {history.frames / base.fps:g} s, {history.frames} frames; memory: {tokens} tokens for its newest "
+        f"{len(history.remembered) / base.fps:g} s (uncompressed: {memory.uncompressed})"
+    )
+    return model, memory, decode
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,6 +242,8 @@ def check(config):
     """
     if not config.history:
         raise UserError("--history is missing: give the clip to continue, for example --history assets/clip.mp4")
+    if has_sound(config.history):
+        warn(f"the sound of {config.history} is not copied")
     if not 0 < config.seconds <= 86400:  # the prompt of each section is looked up first
         raise UserError(f"--seconds {config.seconds}: give a number above 0, at most 86400 (a day)")
     random = config.init == "random"
@@ -195,6 +253,7 @@ def check(config):
         raise UserError(
             f"--checkpoint {config.checkpoint} --init random: random or trained weights, drop one of the two"
         )
+    config.checkpoint = shipped(config.checkpoint)
     trained = {} if random else read_config(config.checkpoint)
     if not random and trained.get("stage") != "finetune":
         raise UserError(
@@ -205,6 +264,8 @@ def check(config):
         if getattr(config, key) is None:
             setattr(config, key, getattr(base, key))
     check_sampler(config)
+    if n_sections(config, base) < 1:
+        raise UserError(f"--seconds {config.seconds} makes no section: give at least {base.section / base.fps:g}")
     if config.init and trained.get("lora"):
         weight_files(config.init)  # not there? Say so before the VAE's work
     for key, useless in {"prompt": random, "t5": random, "merge": not trained.get("lora")}.items():
@@ -227,76 +288,69 @@ def check_sampler(config):
 
 
 def output_file(config):
-    """--save_file or its default, which must not be the history. Raises UserError."""
+    """--save_file or its default. Raises UserError if it, or the contact sheet beside it, may not be written."""
     history = Path(config.history)
     file = Path(config.save_file or f"out/{history.stem}.mp4")
     if not config.save_file and file.resolve() == history.resolve():
         file = file.with_stem(file.stem + "_continued")
-    if file.resolve() == history.resolve():
-        raise UserError(f"--save_file {file} is the history itself: give another name")
+    for path in (file, file.with_suffix(".png")):
+        check_output(path, [history, config.checkpoint, config.prompt])
     return file
 
 
 def main():
     """Open, read, remember, continue, write."""
     config = parse_flags(SampleConfig, __doc__, aliases=WAN_FLAGS)
-    (base, trained), device = check(config), pick_device(config.device)
-    history, kept = read_history(config, base)
-    length, clip_seconds = base.section * base.codec.stride[0], len(history) / base.fps  # frames per section
-    sections = math.ceil(config.seconds * base.fps / length - 1e-6)
-    file = output_file(config)
-    writer = VideoWriter(file, base.fps, *history.shape[1:3])
-    storyboard = []
-    if config.init != "random":
-        storyboard = storyboard_of(config, clip_seconds, sections * length / base.fps)
+    base, trained = check(config)
+    device, file = pick_device(config.device), output_file(config)
+    size, frames = stream_clip(config.history, base)
+    with VideoWriter(file, base.fps, *size) as writer:
+        history = copy_history(frames, writer, config, base)
+        storyboard, prompts = section_prompts(config, base, history.frames / base.fps)
         check_prompts(trained.get("data"), [prompt for _, prompt in storyboard])
-
-    base = open_base(base.name, config.vae, config.t5, device)
-    texts = embed_prompts(config, base, storyboard, sections)
-    base.prompts = None  # umT5 is larger than a DiT of 1.3B
-    latents = base.codec.encode(to_pixels(kept)[None]).to(device)
-    decode = base.codec.decoder()
-    if base.codec.causal:  # what the decoder carries on must come from the history
-        for piece in latents.split(base.section, dim=2):
-            decode(piece)
-    model = open_model(config, base, device)
-    print(f"history: {clip_seconds:g} s, {len(history)} frames; the newest {len(kept) / base.fps:g} s are remembered")
-    memory = remember(model, base, latents, config)
-
-    sheet, seconds = ContactSheet(history, length, sections, base.fps), 0.0
-    with writer:
-        writer.write(history)
-        generated = continue_video(model, base, memory, texts, config, history.shape[1:3])
-        for latents, took in tqdm(generated, total=sections, desc="sections"):
-            with make_room(model, base.codec, device):
-                frames = to_frames(decode(latents))[0].cpu()  # (F, H, W, 3)
-            writer.write(frames)
-            sheet.add(frames)
-            seconds += took
+        base = open_base(base.name, config.vae, config.t5, device)
+        texts = embed_prompts(config, base, prompts)
+        model, memory, decode = remember(config, base, history, device)
+        generated = continue_video(model, base, memory, texts, config, size)
+        sheet = ContactSheet(history, base, len(texts))
+        seconds, stopped = write_sections(writer, sheet, generated, decode, model, base.codec, len(texts))
     sheet.save(file.with_suffix(".png"))
-    print(f"{seconds / sections:.2f} s per section of {length / base.fps:g} s; peak memory {peak_memory(device):.2f} GiB")
-    print(f"wrote {file} and {file.with_suffix('.png')}")
+    report(sheet, seconds, peak_memory(device), file, len(texts), stopped)
+    if stopped:
+        raise stopped
 
 
 class ContactSheet:
-    """A labelled picture: the newest 12 sections of the history above, one frame each; below, at most 48 new frames."""
+    """A labelled picture: the newest sections of the history above, one frame each; below, at most 48 new frames."""
 
-    def __init__(self, history, length, sections, fps):
-        self.length, self.fps, self.n_added, self.kept = length, fps, 0, []
-        self.history = history[len(history) % length // 2 :: length][-12:]
-        self.every = max(1, length // 4, math.ceil(sections * length / 48))
+    def __init__(self, history, base, sections):
+        self.length, self.fps, self.n_added, self.kept = base.section * base.codec.stride[0], base.fps, 0, []
+        first = history.frames - len(history.newest)  # the middle of each section, counted from the end of the clip
+        middle = history.frames % self.length // 2
+        places = [i for i in range(len(history.newest)) if (first + i) % self.length == middle]
+        self.history = history.newest[places[-SHEET_COLUMNS:]]
+        self.every = max(1, self.length // 4, math.ceil(sections * self.length / 48))
 
     def add(self, frames):
-        """Keep every so many of the new frames, counted on across sections."""
+        """Keep every so many of a section's frames, counted on across sections."""
         self.kept.append(frames[-self.n_added % self.every :: self.every].clone())
         self.n_added += len(frames)
 
     def save(self, path):
         rows, kept = [("history,\none frame per section", self.history)], torch.cat(self.kept)
-        for first in range(0, len(kept), 12):
+        for first in range(0, len(kept), SHEET_COLUMNS):
             seconds = first * self.every / self.fps
-            rows.append((f"new, from {seconds:g} s\nafter its end", kept[first : first + 12]))
+            rows.append((f"new, from {seconds:g} s\nafter its end", kept[first : first + SHEET_COLUMNS]))
         save_contact_sheet(rows, path)
+
+
+def report(sheet, seconds, peak, file, sections, stopped):
+    """Print how long it took and what was written."""
+    made = len(sheet.kept)
+    print(f"{seconds / made:.2f} s per section of {sheet.length / sheet.fps:g} s; peak memory {peak:.2f} GiB")
+    if stopped:
+        print(f"stopped after {made} of {sections} sections, which are kept")
+    print(f"wrote {file} and {file.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,9 @@ STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743)
 STD += (3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
 
 
+OLDEST_DIFFUSERS = 0, 35
+
+
 def open_base(name, vae="", t5="", device="cpu"):
     """The Base wan-1.3b or wan-14b."""
     preset = PRESETS[name]
@@ -52,9 +55,14 @@ def open_base(name, vae="", t5="", device="cpu"):
 def open_vae(folder):
     """(diffusers' AutoencoderKLWan, its folder) from a local folder; random weights for "random", to measure speed."""
     try:
-        from diffusers import AutoencoderKLWan
+        from diffusers import AutoencoderKLWan, __version__
     except ImportError:
         raise UserError("Wan's VAE needs the package diffusers: pip install diffusers") from None
+    if tuple(map(int, __version__.split(".")[:2])) < OLDEST_DIFFUSERS:
+        oldest = ".".join(map(str, OLDEST_DIFFUSERS))
+        raise UserError(
+            f"diffusers {__version__} decodes Wan's latents wrongly piece by piece: pip install diffusers>={oldest}"
+        )
     if folder == "random":
         return AutoencoderKLWan(), None
     path = subfolder(folder, "vae", "--vae")

@@ -48,7 +48,7 @@ def load_latents(split, count, base, cache):
     path = Path(cache) / f"world-{split}-{count}-{digest}.safetensors"
     if not path.exists():
         latents = [encode_story(split, i, base) for i in tqdm(range(count), desc=f"drawing {split} stories")]
-        with atomic_write(path) as part:
+        with atomic_write(path, replace=True) as part:
             save_file({"latents": torch.stack(latents)}, part)
     try:
         with open_safetensors(path) as f:

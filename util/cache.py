@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from util.cli import UserError, warn
-from util.files import atomic_write, file_hash, parse_json, remove_leftovers
-from util.folder import check_skipped, find_videos, name_digest, nearest_size, warn_past_end
+from util.files import RECORD, atomic_write, file_hash, is_a, parse_json, remove_leftovers
+from util.folder import check_skipped, find_videos, name_digest, nearest_size, warn_past_end, why_unusable
 from util.storyboard import parse_entries, prompt_at, storyboard_beside
 from util.video import READING, read_video, to_pixels, video_info
 from util.weights import open_safetensors
@@ -28,6 +28,7 @@ from util.weights import open_safetensors
 # Raise it when a change makes other latents or embeddings of a file, or other files of them: caches are then made
 # again. (For read_video() raise READING.)
 VERSION = 2
+WINDOW_NAME = re.compile(r"[0-9a-f]{24}-\d+\.safetensors")
 
 
 def cache_settings(base):
@@ -48,10 +49,8 @@ def read_manifest(folder, base):
     """
     folder, path = Path(folder), Path(folder) / "manifest.json"
     advice = "delete it, then run data.py cache again"
-    manifest = parse_json(path.read_bytes(), path, advice, "settings")
+    manifest = parse_json(path.read_bytes(), path, advice, settings=dict)
     theirs, videos = manifest["settings"], manifest.get("videos")
-    if not isinstance(theirs, dict):
-        raise UserError(f"{path} is damaged: {advice}")
     ours = cache_settings(base) | {"prompts": base.prompts.settings}
     for key, value in ours.items():
         if not agrees(value, theirs.get(key)):
@@ -59,7 +58,7 @@ def read_manifest(folder, base):
                 f"--data {folder} was cached with {key} {theirs.get(key)}, not {value}: give the preset that it "
                 "was made for, or run data.py cache again"
             )
-    if not isinstance(videos, dict):
+    if not isinstance(videos, dict) or not all(are_windows(windows) for windows in videos.values()):
         raise UserError(f"{path} is damaged: {advice}")
     found = {}
     for video, windows in videos.items():
@@ -70,6 +69,18 @@ def read_manifest(folder, base):
                     f"{file} is missing or cut short: run data.py cache again, it makes only what is not there"
                 )
     return found
+
+
+def are_windows(entries):
+    """Whether this is [[file name, bytes, frames, height, width], ...], each a file of ours in its place."""
+    return isinstance(entries, list) and all(
+        isinstance(entry, list)
+        and len(entry) == 5
+        and isinstance(entry[0], str)
+        and WINDOW_NAME.fullmatch(entry[0])
+        and all(is_a(n, int) and n > 0 for n in entry[1:])
+        for entry in entries
+    )
 
 
 def agrees(ours, theirs):
@@ -111,7 +122,7 @@ def read_captions(path):
             entry = json.loads(line)
             board = entry["storyboard"] if "storyboard" in entry else [[0, entry["caption"]]]
             name = entry["video"] + ""  # not null or a number
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f'{path}, line {n}: expected {{"video": "a.mp4", "caption": "a text"}}') from None
         if name in captions:
             raise UserError(f"{path}, line {n}: {name} stands on an earlier line too: give each video one line")
@@ -141,6 +152,8 @@ def find_captions(folder, captions_file, names):
 def write_cache(videos, out, captions_file, base, processes):
     """Encode the videos of a folder into a cache. Resumes; the processes share the work. Raises UserError."""
     out, paths = Path(out), find_videos(videos)
+    if processes.rank == 0:
+        check_folder(out)
     names = {path: path.relative_to(videos).as_posix() for path in paths}
     captions = find_captions(videos, captions_file, names.values()) if captions_file else None
     if captions or captions is None and any(path.with_suffix(s).is_file() for path in paths for s in (".txt", ".json")):
@@ -159,6 +172,20 @@ def write_cache(videos, out, captions_file, base, processes):
         finish_cache(out, list(names.values()), settings)
 
 
+def check_folder(out):
+    """Raise UserError unless a folder is new, empty, or holds a cache and nothing else."""
+    if not out.exists():
+        return
+    ours = {"manifest.json", "windows", "videos", RECORD}
+    foreign = sorted(path.name for path in out.iterdir() if path.name not in ours and not path.name.endswith(".part"))
+    if foreign:
+        raise UserError(f"--out {out} holds {foreign[0]}, which is not a cache's: give a new folder or an empty one")
+    manifest = out / "manifest.json"
+    if manifest.exists():
+        advice = "it is not a cache's manifest; give a new folder or an empty one"
+        parse_json(manifest.read_bytes(), manifest, advice, settings=dict, videos=dict)
+
+
 def index_of(out, name):
     """The path of a video's index."""
     return out / "videos" / (f"{name_digest(name):064x}"[:24] + ".json")
@@ -172,18 +199,20 @@ def cache_video(out, path, name, captions, settings, base):
     """
     index, advice = index_of(out, name), "delete it, then run data.py cache again"
     made = parse_json(index.read_bytes(), index, advice) if index.is_file() else {}
+    if not are_windows(made.get("windows", [])):
+        raise UserError(f"{index} is damaged: {advice}")
     try:
         board = (captions.get(name) if captions is not None else storyboard_beside(path)) or []
         key = hashlib.sha256(repr((settings, name, file_hash(path), board)).encode()).hexdigest()
-    except (UserError, OSError) as e:  # it may be readable next time: no key
-        return write_index(index, dict(skipped=str(e)))
+    except Exception as e:  # it may be readable next time: no key
+        return write_index(index, dict(skipped=why_unusable(path, e)))
     complete = all(is_complete(out / "windows" / file, size) for file, size, *_ in made.get("windows", ()))
     if made.get("key") == key and complete:
         return made
     try:
         windows = write_windows(out / "windows", path, board, key, base)
-    except UserError as e:
-        return write_index(index, dict(key=key, skipped=str(e)))
+    except Exception as e:
+        return write_index(index, dict(key=key, skipped=why_unusable(path, e)))
     if not board:
         warn(f"no caption for {path}: trained without a prompt")
     return write_index(index, dict(key=key, windows=windows))
@@ -191,7 +220,7 @@ def cache_video(out, path, name, captions, settings, base):
 
 def write_index(path, entry):
     """Write what was made of a video, and return it."""
-    with atomic_write(path) as part:
+    with atomic_write(path, replace=True) as part:
         part.write_text(json.dumps(entry))
     return entry
 
@@ -216,7 +245,7 @@ def write_windows(folder, path, board, key, base):
         prompts += [(round((seconds - start) * rate), prompt) for seconds, prompt in board if start < seconds < end]
         tensors = {"latents": latents} | {f"text.{k}": embed(prompt).clone() for k, (_, prompt) in enumerate(prompts)}
         file = folder / f"{key[:24]}-{len(written)}.safetensors"
-        with atomic_write(file) as part:
+        with atomic_write(file, replace=True) as part:
             save_file(tensors, part, {"starts": json.dumps([first for first, _ in prompts])})
         written.append((file.name, file.stat().st_size, *latents.shape[1:]))
     if board and board[-1][0] >= end:
@@ -261,11 +290,11 @@ def finish_cache(out, names, settings):
         n_skipped += "skipped" in made
         if made.get("windows"):
             videos[name] = made["windows"]
-    with atomic_write(out / "manifest.json") as part:
+    with atomic_write(out / "manifest.json", replace=True) as part:
         part.write_text(json.dumps(dict(settings=settings, videos=videos)))
     files = {file for windows in videos.values() for file, *_ in windows}
     for path in (out / "windows").glob("*.safetensors"):
-        if path.name not in files and re.fullmatch(r"[0-9a-f]{24}-\d+\.safetensors", path.name):
+        if path.name not in files and WINDOW_NAME.fullmatch(path.name):
             path.unlink()
     for folder in (out, out / "windows", out / "videos"):
         remove_leftovers(folder)

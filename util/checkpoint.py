@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from util.cli import UserError
-from util.files import atomic_write, parse_json, remove_leftovers
+from util.files import atomic_write, is_a, parse_json, remove_leftovers
 from util.weights import read_config
 
 # flags that may change on --resume
@@ -30,15 +30,15 @@ def save(config, stage, step, model, ema, optimizers, exports):
 
     metadata = {"config": json.dumps({**asdict(config), "stage": stage, "step": step})}
     with ema.swapped():
-        with atomic_write(out / "model.safetensors") as path:
+        with atomic_write(out / "model.safetensors", replace=True) as path:
             save_file(tensors(), path, metadata)
         for name, exported in exports(tensors()).items():
-            with atomic_write(out / name) as path:
+            with atomic_write(out / name, replace=True) as path:
                 save_file(exported, path)
     state = {"stage": stage, "step": step, "config": asdict(config), "model": tensors(), "ema": ema.shadow}
     state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
     # an open Python file: its errors say why it cannot be written
-    with atomic_write(out / "state.pt") as path, open(path, "wb") as f:
+    with atomic_write(out / "state.pt", replace=True) as path, open(path, "wb") as f:
         torch.save(state, f)
 
 
@@ -51,39 +51,74 @@ def resume(config, stage, model, ema, optimizers):
     if not path.is_file():
         tqdm.write(f"--resume: no {path} yet, so this is the start")
         return 0
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        step, theirs, tensors, shadow, saved = (state[k] for k in ("step", "config", "model", "ema", "optimizers"))
-    except Exception as e:
-        raise UserError(
-            f"--resume: {path} cannot be read ({type(e).__name__}); start again in another folder"
-        ) from None
+    state = read_state(path, model, ema, optimizers)
     if state["stage"] != stage:
         raise UserError(f"--resume: {path} is of {state['stage']}.py: give another folder")
-    for key, value in theirs.items():
+    for key, value in state["config"].items():
         if key not in FREE and value != getattr(config, key, None):
             raise UserError(
                 f"--resume: {path} was made with --{key} {value}, not {getattr(config, key, None)}; give the same flags"
             )
-    check_state(path, model, tensors)
-    model.load_state_dict({**model.state_dict(), **tensors})
-    torch._foreach_copy_(ema.shadow, shadow)
-    for optimizer, its in zip(optimizers, saved):
+    model.load_state_dict({**model.state_dict(), **state["model"]})
+    torch._foreach_copy_(ema.shadow, state["ema"])
+    for optimizer, its in zip(optimizers, state["optimizers"]):
         optimizer.load_state_dict(its)
-    return step
+    return state["step"]
 
 
-def check_state(path, model, tensors):
-    """Raise UserError naming a tensor of state.pt that does not fit the model."""
-    held = model.state_dict()
-    ours = {name: held[name] for name in model.saved_names()}
-    for name in ours | tensors:
-        fits = name in ours and name in tensors and ours[name].shape == tensors[name].shape
-        if not fits or not tensors[name].isfinite().all():
-            raise UserError(
-                f"--resume: {path}: {name} is missing, unexpected, of another shape or not finite; start again in "
-                "another folder"
-            )
+def read_state(path, model, ema, optimizers):
+    """The content of a state.pt, which must fit this model to the last tensor. Raises UserError naming what does
+    not."""
+
+    def refuse(what):
+        raise UserError(f"--resume: {path}: {what}; start again in another folder") from None
+
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        refuse(f"it cannot be read ({type(e).__name__})")
+    types = dict(stage=str, step=int, config=dict, model=dict, ema=list, optimizers=list)
+    for key, kind in types.items():
+        if not isinstance(state, dict) or not is_a(state.get(key), kind):
+            refuse(f"its {key} is missing or no {kind.__name__}")
+    if state["step"] < 0:
+        refuse(f"its step is {state['step']}")
+    ours = {name: tensor for name, tensor in model.state_dict().items() if name in set(model.saved_names())}
+    for name in ours | state["model"]:
+        if not alike(ours.get(name), state["model"].get(name)):
+            refuse(f"{name} is missing, unexpected, of another shape or not finite")
+    averaged = [name for name, p in model.named_parameters() if p.requires_grad]
+    if len(state["ema"]) != len(ema.shadow):
+        refuse(f"its ema has {len(state['ema'])} tensors, expected {len(ema.shadow)}")
+    for name, a, b in zip(averaged, ema.shadow, state["ema"]):
+        if not alike(a, b):
+            refuse(f"the average of {name} is of another shape or not finite")
+    check_optimizers(state["optimizers"], optimizers, refuse)
+    return state
+
+
+def alike(a, b):
+    """Are both tensors of one shape, and is b finite?"""
+    return torch.is_tensor(a) and torch.is_tensor(b) and a.shape == b.shape and bool(b.isfinite().all())
+
+
+def check_optimizers(saved, optimizers, refuse):
+    """Call refuse(what) unless the saved states are those of these optimizers."""
+    if len(saved) != len(optimizers):
+        refuse(f"it has {len(saved)} optimizers, expected {len(optimizers)}")
+    for optimizer, its in zip(optimizers, saved):
+        ours = [[p for p in group["params"]] for group in optimizer.param_groups]
+        try:
+            numbers = [group["params"] for group in its["param_groups"]]
+            states = [[its["state"].get(k, {}) for k in group] for group in numbers]
+        except (KeyError, TypeError, AttributeError):
+            refuse("the state of an optimizer is damaged")
+        if [len(group) for group in numbers] != [len(group) for group in ours]:
+            refuse("an optimizer has other parameter groups")
+        for p, state in ((p, s) for group in zip(ours, states) for p, s in zip(*group)):
+            tensors = [x for x in state.values() if torch.is_tensor(x)]
+            if not all(x.isfinite().all() and x.shape in (p.shape, torch.Size([])) for x in tensors):
+                refuse("the state of an optimizer is of another shape or not finite")
 
 
 def read_log(path):
@@ -91,9 +126,9 @@ def read_log(path):
 
     Raises UserError.
     """
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     advice = "delete it (its curve is lost, the weights are not)"
-    entries = [parse_json(line, path, advice, "step") for line in lines if line.endswith("\n")]
+    entries = [parse_json(line, path, advice, step=int) for line in lines if line.endswith(b"\n")]
     return {entry["step"]: entry for entry in entries}
 
 
@@ -107,5 +142,5 @@ def start_log(out, step):
         weights.replace(kept)
         tqdm.write(f"the weights that lay there are {kept} now")
     entries = [entry for logged, entry in read_log(log).items() if logged <= step]
-    with atomic_write(log) as path:
+    with atomic_write(log, replace=True) as path:
         path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))

@@ -20,6 +20,10 @@ class UserError(ValueError):
     """A user's mistake: shown as one line (what was given, what is expected, what to do), exit code 2."""
 
 
+class Failure(Exception):
+    """What went wrong on the way and is nobody's mistake in the command: shown as one line, exit code 1."""
+
+
 def first_line(error):
     """The first line of an exception's message, or its type if it has none."""
     return str(error).partition("\n")[0] or type(error).__name__
@@ -106,9 +110,41 @@ def run_command(script, commands, description):
 # Exit codes
 
 
+class SafeStream:
+    """A text stream whose writes never fail: a terminal that is not UTF-8, a closed pipe, a full disk."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text):
+        return self._try("write", text)
+
+    def flush(self):
+        return self._try("flush")
+
+    def _try(self, name, *given):
+        try:
+            return getattr(self.stream, name)(*given)
+        except (OSError, ValueError):  # ValueError: it is closed
+            return 0
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def protect_output():
+    """Make sure that printing never ends a run. A process started with a stream closed has None there."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        setattr(sys, name, SafeStream(open(os.devnull, "w") if stream is None else stream))
+
+
 def run_main(main):
     """Run a script's main and exit: 0 done, 2 a user error, 1 any other error, 130 or 143 stopped by a signal."""
     worker = "RANK" in os.environ
+    protect_output()
     code = exit_code(main, worker)
     if worker:
         # A process of torchrun's skips the interpreter's clean-up. After an error, freeing what it shares with the
@@ -127,7 +163,7 @@ def exit_code(main, worker):
         # SIGTERM becomes an exception so that half-written files are removed; training has its own handler
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         main()
-    except (UserError, OSError) as e:  # OSError: a full disk, a folder that is gone
+    except (UserError, Failure, OSError) as e:  # OSError: a full disk, a folder that is gone
         print(f"error: {e}", file=sys.stderr)
         return 2 if isinstance(e, UserError) else 1
     except torch.OutOfMemoryError as e:

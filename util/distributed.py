@@ -112,6 +112,9 @@ def start_processes(device_name, timeout=None, tensors=True):
     device = pick_device(device_name)
     if "RANK" not in os.environ:
         return Processes(device)
+    for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UserError(f"RANK is set but {name} is not: start with torchrun, or unset RANK")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)

@@ -19,12 +19,70 @@ def file_hash(path):
         return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(f)
 
 
+def shipped(path):
+    """The path of a file that comes with the project, found from any working directory."""
+    beside = Path(__file__).resolve().parent.parent / path
+    return str(beside) if not Path(path).exists() and beside.exists() else path
+
+
 def _digest(file):
     """hashlib.file_digest for Python 3.10."""
     digest = hashlib.sha256()
     while block := file.read(2**20):
         digest.update(block)
     return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing: never over an input, never over a file that was not written here
+
+RECORD = ".written.json"  # in each folder: {name: [bytes, time of the last change]} of the files written there
+
+
+def _fingerprint(path):
+    """What tells whether a file was changed: [bytes, time of the last change in ns]."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _read_record(folder):
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return record if isinstance(record, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _record(path):
+    """Remember that this program wrote `path`. A record that cannot be kept costs a refusal later, nothing else."""
+    record = {name: known for name, known in _read_record(path.parent).items() if (path.parent / name).exists()}
+    try:
+        (path.parent / RECORD).write_text(json.dumps(record | {path.name: _fingerprint(path)}), encoding="utf-8")
+    except OSError:
+        pass
+
+
+def check_output(path, inputs=()):
+    """Make sure that `path` can be written, before hours of work go into it; makes its folder.
+
+    Raises UserError if it is one of the `inputs`, if a file is there that this program did not write or that was
+    changed since, or if nothing can be written there.
+    """
+    path = Path(path)
+    for given in inputs:
+        if given and Path(given).exists() and path.resolve() == Path(given).resolve():
+            raise UserError(f"{path} would be written over, but it is an input: give another name")
+    refuse_foreign(path)
+    _make_part_folder(path).rmdir()
+
+
+def refuse_foreign(path):
+    """Raise UserError if a file is there that this program did not write, or that was changed since."""
+    if path.is_file() and _read_record(path.parent).get(path.name) != _fingerprint(path):
+        raise UserError(
+            f"{path} exists and was not written by this program, or was changed since: give another name, or "
+            "move it away"
+        )
 
 
 def _make_part_folder(path):
@@ -41,19 +99,17 @@ def _make_part_folder(path):
     return folder
 
 
-def check_writable(path):
-    """Make the folder of `path`. Raises UserError if the file cannot be written, before hours of work go into it."""
-    _make_part_folder(Path(path)).rmdir()
-
-
 @contextmanager
-def atomic_write(path):
+def atomic_write(path, replace=False):
     """Write a file so that `path` is always the old file or the complete new one.
 
     Yields a temporary path beside it, which is flushed and renamed at the end, or removed on an exception. Makes the
-    folder. Raises OSError if the disk does not take it, UserError if nothing can be written there.
+    folder. replace: whatever is there may go; else see refuse_foreign(). Raises OSError if the disk does not take it,
+    UserError if nothing may or can be written there.
     """
     path = Path(path)
+    if not replace:
+        refuse_foreign(path)
     folder = _make_part_folder(path)
     temporary = folder / f".{path.name}"
     try:
@@ -62,6 +118,8 @@ def atomic_write(path):
             os.fsync(f.fileno())
         temporary.chmod(folder.stat().st_mode & 0o666)  # like any new file; safetensors makes private ones
         os.replace(temporary, path)
+        if not replace:
+            _record(path)
     except (OSError, RuntimeError, SafetensorError) as error:
         # safetensors has its own exception for a full disk; PyTorch closes its file, which fails once more
         cause = error.__context__ if isinstance(error, RuntimeError) else error
@@ -80,10 +138,63 @@ def remove_leftovers(folder):
         shutil.rmtree(part, ignore_errors=True)
 
 
-def parse_json(text, source, advice, *keys):
-    """The JSON object in `text`, which must have these keys. Raises UserError naming `source` and what to do."""
+# ---------------------------------------------------------------------------------------------------------------------
+# JSON
+
+
+def parse_json(text, source, advice, **types):
+    """The JSON object in `text` (str or bytes), whose keys have these types: parse_json(..., step=int, loss=float).
+
+    Raises UserError naming `source` and what to do for anything else: also for bytes that are not UTF-8, nesting too
+    deep and numbers too long for Python.
+    """
     try:
         content = json.loads(text)
-        return {**content, **{key: content[key] for key in keys}}
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"{source} is damaged: {advice}") from None
+    except (ValueError, TypeError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or not all(is_a(content.get(key), kind) for key, kind in types.items()):
+        raise UserError(f"{source} is damaged: {advice}")
+    return content
+
+
+def is_a(value, kind):
+    """isinstance() as JSON means it: True is no number, and a whole number is a float too."""
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind if kind in (int, bool) else isinstance(value, kind)
+
+
+def inside(folder, name):
+    """folder / name, for a name read from a file. Raises UserError if it leads outside the folder."""
+    path = Path(folder) / name
+    if not path.resolve().is_relative_to(Path(folder).resolve()):
+        raise UserError(f"{name} leads out of {folder}: nothing is read from there")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Locks
+
+
+def lock_folder(folder):
+    """Lock a folder for this process, as long as it lives. Raises UserError if another process holds the lock.
+
+    Returns the open lock file, which must be kept.
+    """
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    file = open(Path(folder) / ".lock", "a")
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UserError(
+            f"--out {folder} is being written by another run: wait for it, or give another folder"
+        ) from None
+    return file

@@ -1,12 +1,16 @@
 """A folder of videos: find them, split off held-out ones, report those that cannot be used."""
 
+import errno
 import hashlib
 import math
+import os
 import sys
 from pathlib import Path
 
-from util.cli import UserError, warn
-from util.video import VIDEO_SUFFIXES, read_video, video_info
+import torch
+
+from util.cli import UserError, first_line, warn
+from util.video import VIDEO_SUFFIXES, read_video, stream_video, video_info
 
 LONE_VIDEO = "the only video is trained on and held out too: its figures say nothing about other videos"
 
@@ -31,6 +35,12 @@ def nearest_size(sizes, info):
     return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - shape))
 
 
+def stream_clip(path, base):
+    """((height, width), frames): a whole video at the base's frame rate and nearest size, frame by frame."""
+    size = nearest_size(base.sizes, video_info(path))
+    return size, stream_video(path, base.fps, *size)
+
+
 def read_clip(path, base):
     """A whole video at the base's frame rate and nearest size, uint8 (F, H, W, 3)."""
     return read_video(path, base.fps, *nearest_size(base.sizes, video_info(path)))
@@ -40,6 +50,17 @@ def check_skipped(count, total, folder):
     """Raise UserError if more than 20 % of the videos cannot be used."""
     if count > 0.2 * total:
         raise UserError(f"{count} of {total} videos in {folder} cannot be used, above 20 %: the reasons are above")
+
+
+def why_unusable(path, error):
+    """What to say of a file whose reading raised this exception, whatever its kind: one bad file must not end a run of
+    thousands. Raises it again if it is not the file's fault: too little memory, a full disk."""
+    if isinstance(error, UserError):
+        return str(error)
+    disk = isinstance(error, OSError) and error.errno in (None, errno.ENOSPC, errno.EROFS)
+    if disk or isinstance(error, torch.OutOfMemoryError | MemoryError):
+        raise error
+    return f"{path} cannot be read ({type(error).__name__}: {first_line(error)})"
 
 
 def report_skipped(skipped, total, folder):
@@ -56,7 +77,7 @@ def warn_past_end(path, seconds, end):
 
 def name_digest(name):
     """A large number that depends on a video's name alone."""
-    return int(hashlib.sha256(name.encode()).hexdigest(), 16)
+    return int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16)
 
 
 def split_videos(videos):

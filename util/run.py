@@ -9,7 +9,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from util.checkpoint import start_log
-from util.cli import warn
+from util.cli import Failure, warn
+from util.files import lock_folder
 
 MOST_SKIPPED = 10  # steps in a row whose gradient is not finite, then the run is given up
 
@@ -22,6 +23,7 @@ class Run:
         self.stage, self.out, self.steps, self.processes = stage, Path(out), steps, processes
         self.signals, self.skipped, self.started = [], 0, time.time()
         if processes.rank == 0:
+            self.lock = lock_folder(self.out)
             if first >= steps:
                 warn(f"{out} has {first} steps already: --steps {steps} asks for no more")
             start_log(self.out, first)
@@ -53,8 +55,12 @@ class Run:
         if self.processes.rank == 0:
             if validated:
                 tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in record.items()))
-            with (self.out / "log.jsonl").open("a") as log:
-                log.write(json.dumps(record) + "\n")
+            try:
+                with (self.out / "log.jsonl").open("a") as log:
+                    log.write(json.dumps(record) + "\n")
+            except OSError as e:
+                message = f"{self.out} cannot be written any more ({e.strerror})"
+                raise Failure(f"{message}: what was saved there before is what there is") from None
 
     def finish(self, step, stop):
         """Say how the run ended, leave the other processes, and exit if it was stopped (by the signal `stop`) or gave

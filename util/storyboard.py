@@ -1,34 +1,46 @@
-"""Storyboards: prompts by time."""
+"""Prompts by time (storyboards)."""
 
 import json
-import math
 import re
 from pathlib import Path
 
 from util.cli import UserError
 
-TIMESTAMP = re.compile(r"(\d+\.?\d*)\s*s\s*:\s*(.*)", re.DOTALL)
-MEANT_AS_TIMESTAMP = re.compile(r"[-+]?[\d.,:]+\s*(s|secs?|seconds?|m|mins?|ms)\s*:", re.IGNORECASE)
+SECONDS = r"(\d+(?:\.\d*)?)(?:\s*s?\s*(?:-|–|to)\s*\d+(?:\.\d*)?)?\s*s"  # 4s, 4.5 s, 0s-3s, 0-3s; group: the start
+CLOCK = r"(?:(\d+):)?(\d{1,2}):(\d{2}(?:[.,]\d+)?)"  # 00:04, 1:02:03.5; groups: hours, minutes, seconds
+STAMPED = re.compile(rf"{SECONDS}\s*:\s*(.*)", re.DOTALL)  # 4s: he sits
+CLOCKED = re.compile(rf"\[?{CLOCK}(?:\s*(?:-|–)\s*[\d:.,]+)?\]?(?:\s*[:–-])?\s+(.*)", re.DOTALL)  # 00:04 he sits
+BRACKETED = re.compile(rf"\[\s*{SECONDS}\s*:\s*([^\]]*)\]")  # [4s: he sits]
+SUBTITLE = re.compile(rf"^(?:\d+[ \t]*\n)?[ \t]*{CLOCK}[ \t]*-->.*$", re.MULTILINE)  # SRT and WebVTT
+SEPARATOR = re.compile(rf"(?:^|\s)/(?=\s|$)|,\s+(?=(?:{SECONDS})\s*:)".replace("(\\d", "(?:\\d"))  # " / ", or a comma
+LONGEST = 10**7  # seconds, four months
+# what a person may have meant as a time, though no notation above has it
+UNIT_STAMP = re.compile(
+    r"(?<![\w:.])[-+]?\d[\d.,:]*\s*(?:s|secs?|seconds?|m|mins?|minutes?|ms)\s*[:\])]", re.IGNORECASE
+)
+CLOCK_STAMP = re.compile(r"(?<![\d:])\d{1,2}:\d{2}(?!\d)")
 
 
 def parse_storyboard(text_or_path):
     """Read prompts -> list of (seconds, prompt) in rising order of time; [] for an empty text.
 
-    Takes a plain prompt (it holds from 0 s on); `0s: a man walks / 4.5s: he sits`, entries on lines or split by " / ";
-    or the path of a .txt (the same; lines that begin with # are comments) or of a .json, a list of [seconds, prompt]
-    or {"start": seconds, "text": prompt} (an "end" is ignored: a prompt holds until the next one begins).
+    A text: a plain prompt, which holds from 0 s on; `0s: a man walks / 4.5s: he sits`, with lines or commas in place of
+    " / "; `a man walks [4s: he sits]`; `00:04 he sits`, one per line; SRT. Ranges such as 0s-3s count from their start:
+    a prompt holds until the next one begins.
+    Or the path of a .txt (the same; lines that begin with # are comments), .srt, or .json: a list of [seconds, prompt]
+    or {"start": seconds, "text": prompt}.
     Raises UserError naming the line or entry.
     """
     text = str(text_or_path).strip()
     suffix = Path(text).suffix.lower() if "\n" not in text else ""
-    if not isinstance(text_or_path, Path) and suffix not in {".txt", ".json"}:
+    if not isinstance(text_or_path, Path) and suffix not in {".txt", ".json", ".srt"}:
         return _parse_text(text, "the prompt")
     try:
         content = Path(text).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeDecodeError, ValueError) as error:
         raise UserError(
             f"storyboard {text} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}): "
-            "give a .txt or .json file, or the prompt itself"
+            "give a .txt, .srt or .json file, or the prompt itself"
         ) from None
     if suffix == ".json":
         return _parse_json(content, text)
@@ -36,22 +48,72 @@ def parse_storyboard(text_or_path):
 
 
 def _parse_text(text, where):
-    """Text of the grammar above -> list of (seconds, prompt); `where` names it in errors."""
+    """Text in one of the notations above -> list of (seconds, prompt); `where` names it in errors."""
+    if SUBTITLE.search(text):
+        return _collect(_subtitles(text))
+    if BRACKETED.search(text):
+        return _collect(_bracketed(text, where))
     entries = [
-        (i + 1, part.strip())
+        (f"{where}, line {i + 1}", part.strip())
         for i, line in enumerate(text.splitlines())
-        for part in re.split(r"(?:^|\s)/(?=\s|$)", line)
+        for part in SEPARATOR.split(line)
         if part.strip()
     ]
-    stamps = [TIMESTAMP.fullmatch(part) for _, part in entries]
-    if not any(stamps) and not any(MEANT_AS_TIMESTAMP.match(part) for _, part in entries):
-        prompt = " ".join(text.split())
-        return [(0.0, prompt)] if prompt else []
-    storyboard = []
-    for (line, part), stamp in zip(entries, stamps):
+    if any(STAMPED.fullmatch(part) for _, part in entries):
+        return _collect(_stamped(entries))
+    clocks = [CLOCKED.fullmatch(part) for _, part in entries]
+    # "10:30 in the morning" is a plain prompt; a clock that starts at zero, or one on every line, is a time
+    if clocks and all(clocks) and (len(clocks) > 1 or entries[0][1].lstrip("[").startswith("0")):
+        return _collect([(place, _clock_seconds(c), c[4]) for (place, _), c in zip(entries, clocks)])
+    meant = [place for place, part in entries if UNIT_STAMP.match(part)]
+    if meant or len(UNIT_STAMP.findall(text)) + len(CLOCK_STAMP.findall(text)) > 1:
+        place = (meant or [where])[0]
+        raise UserError(f'{place}: "{text[:40]}" seems to hold times; write "0s: he walks / 4s: he sits"')
+    prompt = " ".join(text.split())
+    return [(0.0, prompt)] if prompt else []
+
+
+def _stamped(entries):
+    """`4s: he sits`: every entry (place, text) has its time -> (place, seconds, prompt)."""
+    for place, part in entries:
+        stamp = STAMPED.fullmatch(part)
         if stamp is None:
-            raise UserError(f'{where}, line {line}: "{part[:40]}" has no time before it; write "4s: he sits"')
-        _append(storyboard, float(stamp[1]), stamp[2], f"{where}, line {line}")
+            raise UserError(f'{place}: "{part[:40]}" has no time before it; write "4s: he sits"')
+        yield place, float(stamp[1]), stamp[2]
+
+
+def _bracketed(text, where):
+    """`he walks [4s: he sits]` -> (place, seconds, prompt); what stands before the first bracket holds from 0 s on."""
+    first, *rest = BRACKETED.split(text)
+    if first.strip():
+        yield where, 0.0, first
+    for seconds, prompt, after in zip(rest[::3], rest[1::3], rest[2::3]):
+        if after.strip(" \n,;/"):
+            raise UserError(f'{where}: "{after.strip()[:40]}" has no time before it; write "[4s: he sits]"')
+        yield f"{where}, [{seconds}s", float(seconds), prompt
+
+
+def _subtitles(text):
+    """SRT or WebVTT -> (place, seconds, prompt)."""
+    stamps = list(SUBTITLE.finditer(text))
+    ends = [stamp.start() for stamp in stamps[1:]] + [len(text)]
+    for stamp, end in zip(stamps, ends):
+        place = stamp[0].strip().splitlines()[-1]
+        yield place, _clock_seconds(stamp), text[stamp.end() : end]
+
+
+def _clock_seconds(match):
+    """Seconds of a match of CLOCK."""
+    hours, minutes, seconds = match[1] or 0, match[2], match[3].replace(",", ".")
+    return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+
+
+def _collect(entries):
+    """Check (place, seconds, prompt) one after the other -> list of (seconds, prompt). Raises UserError with the
+    place."""
+    storyboard = []
+    for place, seconds, prompt in entries:
+        _append(storyboard, seconds, prompt, place)
     return storyboard
 
 
@@ -61,6 +123,8 @@ def _parse_json(content, where):
         entries = json.loads(content)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}, line {error.lineno}: not JSON ({error.msg})") from None
+    except (ValueError, RecursionError):  # a number of thousands of digits, or nesting as deep
+        raise UserError(f"{where}: not JSON of a sensible size; write [[0, 'he walks'], [4, 'he sits']]") from None
     return parse_entries(entries, where)
 
 
@@ -80,8 +144,8 @@ def parse_entries(entries, where):
 
 def _append(storyboard, seconds, prompt, where):
     """Check one entry and append it. Raises UserError that begins with `where`."""
-    if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
-        raise UserError(f"{where}: the time is {seconds!r}; give a number of seconds, 0 or more")
+    if type(seconds) not in (int, float) or not 0 <= seconds <= LONGEST:
+        raise UserError(f"{where}: the time is {str(seconds)[:40]}; give a number of seconds, 0 to {LONGEST:,}")
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f"{where}: the prompt is {prompt!r}; give some text")
     if storyboard and seconds <= storyboard[-1][0]:

@@ -21,6 +21,8 @@ from util.cli import UserError, warn
 
 # FFmpeg's default conversion from YUV is fast and 1 level of 255 too dark; this one is right within 1.
 EXACT = Interpolation.POINT | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+UNSPECIFIED = 2  # FFmpeg's number for a colour space that the file does not name
+HDR = {16: "PQ (SMPTE 2084)", 18: "HLG (ARIB STD-B67)"}  # FFmpeg's numbers for transfer functions
 MOST_PIXELS = 2**26  # per frame, 8192 x 8192: a header may claim any size, and memory holds a frame several times
 READING = 1  # raise it when read_video() returns different frames for the same file, so that caches are rebuilt
 LONGEST_STILL = 3600  # seconds that one frame may stay: a broken time stamp would fill the memory with copies of it
@@ -198,7 +200,12 @@ def _orientation(frame):
 
     frame.rotation would not do: it mistakes a mirrored picture for one turned by 180 degrees.
     """
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV knows not all kinds of side data, and then shows none: EXIF of a JPEG, say
+        return {90: (True, False, True), -90: (True, True, False), 180: (False, True, True)}.get(
+            round(frame.rotation), (False, False, False)
+        )
     if matrix is None:
         return False, False, False
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()  # x' = a x + c y, y' = b x + d y
@@ -210,7 +217,10 @@ def crop_and_resize(frame, height, width, pixel_aspect):
 
     pixel_aspect: width / height of one stored pixel. White, because pages show transparent pictures on white.
     """
-    picture = over_white(frame.to_ndarray(format="rgba", interpolation=EXACT))
+    # players take an untagged picture of HD size for BT.709; FFmpeg would take it for BT.601
+    untagged = frame.colorspace == UNSPECIFIED and frame.height >= 720
+    source = dict(src_colorspace="ITU709") if untagged else {}
+    picture = over_white(frame.to_ndarray(format="rgba", interpolation=EXACT, **source))
     transposed, mirrored, upside_down = _orientation(frame)
     if transposed:
         picture, pixel_aspect = picture.swapaxes(0, 1), 1 / pixel_aspect
@@ -236,7 +246,13 @@ def over_white(picture):
 
 
 def read_video(path, fps, height, width, start=0.0, seconds=None):
-    """Read a video -> (F, height, width, 3) uint8. Frame k is what is on screen after `start + k / fps` seconds.
+    """stream_video() as one tensor (F, height, width, 3) uint8."""
+    return torch.from_numpy(np.stack(list(stream_video(path, fps, height, width, start, seconds))))
+
+
+def stream_video(path, fps, height, width, start=0.0, seconds=None):
+    """Yield the frames of a video, (height, width, 3) uint8 arrays, one at a time. Frame k is what is on screen after
+    `start + k / fps` seconds.
 
     Time counts from the first frame and comes from the time stamps, never from the nominal rate. seconds: read at most
     this much. A shorter file gives fewer frames (a still gives one). A damaged file gives what can be decoded, and a
@@ -250,11 +266,10 @@ def read_video(path, fps, height, width, start=0.0, seconds=None):
         raise UserError(f"start is {start}: give a number of seconds, 0 or more")
     count = math.inf if seconds is None else max(1, math.ceil(seconds * fps - 1e-6))
     with _frames_of(path) as frames:
-        kept = list(_sampled(frames, fps, height, width, start, count))
+        yield from _sampled(frames, fps, height, width, start, count)
         if frames.unreadable or frames.missing:
             lost = frames.unreadable + round(frames.missing * frames.rate)
             warn(f"{path} is damaged or cut off: {frames.decoded} frames decoded, about {lost} lost")
-    return torch.from_numpy(np.stack(kept))
 
 
 def _sampled(frames, fps, height, width, start, count):
@@ -262,6 +277,8 @@ def _sampled(frames, fps, height, width, start, count):
     aspect = float(frames.stream.sample_aspect_ratio or 1)
     k, shown, shown_since, picture = 0, None, 0.0, None
     for time, frame in frames.walk_from(start):
+        if shown is None and frame is not None:
+            warn_of_misreading(frames.path, frame)
         if frame is None and shown_since == 0:
             count = 1  # the file is one picture
         if shown is not None and time - shown_since > LONGEST_STILL:
@@ -278,6 +295,22 @@ def _sampled(frames, fps, height, width, start, count):
         raise UserError(
             f"{frames.path} lasts {time:.2f} s, so nothing is on screen at start = {start} s: start earlier"
         )
+
+
+def warn_of_misreading(path, frame):
+    """Warn if the first frame of a video says that it will be read wrongly."""
+    if frame.color_trc in HDR:
+        kind = HDR[frame.color_trc]
+        warn(f"{path} is HDR, {kind}, and is read as if it were SDR: convert it first, or colours are wrong")
+    if frame.interlaced_frame:
+        warn(f"{path} is interlaced, and is read as it is: deinterlace it first, or moving edges look like combs")
+
+
+def has_sound(path):
+    """Whether a video has a sound track. Raises UserError."""
+    container = open_container(path)
+    with container:
+        return bool(container.streams.audio)
 
 
 def video_info(path):

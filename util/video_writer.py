@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from util.cli import UserError
-from util.files import atomic_write, check_writable
+from util.files import atomic_write, check_output
 
 
 class VideoWriter:
@@ -29,7 +29,7 @@ class VideoWriter:
             raise UserError(f"{path}: a video is written as .mp4, .mov, .mkv or .gif; change the suffix")
         if not 0 < fps <= (50 if self.gif else 1000):
             raise UserError(f"fps is {fps}: give a number above 0" + ", at most 50 for a gif" * self.gif)
-        check_writable(self.path)  # refuse now what cannot be written, not after hours of sampling
+        check_output(self.path)  # refuse now what cannot be written, not after hours of sampling
         # Players stutter, or drop the last picture, at the 2 fps of the nano preset: show each frame several times.
         self.times = 1 if self.gif else math.ceil(8 / fps)
         self.rate = Fraction(fps).limit_denominator(1001) * self.times

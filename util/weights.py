@@ -1,13 +1,14 @@
 """Weights from safetensors files: strict (whatever does not fit is named), safe (no code in a file can run), and never
 a second copy in memory."""
 
+import json
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from util.cli import UserError
-from util.files import parse_json
+from util.files import inside, parse_json
 
 
 def weight_files(path):
@@ -31,10 +32,10 @@ def weight_files(path):
 
 def shard_files(folder, index):
     """The files that an index of shards names. Raises UserError if one is missing."""
-    names = parse_json(index.read_bytes(), index, "download it again", "weight_map")["weight_map"]
-    if not isinstance(names, dict) or not names or not all(isinstance(f, str) for f in names.values()):
+    names = parse_json(index.read_bytes(), index, "download it again", weight_map=dict)["weight_map"]
+    if not names or not all(isinstance(f, str) for f in names.values()):
         raise UserError(f"{index} names no files: download it again")
-    files = sorted({folder / f for f in names.values()})
+    files = sorted({inside(folder, f) for f in names.values()})
     missing = [f.name for f in files if not f.is_file()]
     if missing:
         raise UserError(f"{index} lists {', '.join(missing)}, not found in {folder}: download the missing file")
@@ -58,18 +59,20 @@ def own_config(path):
     with open_safetensors(path) as f:
         text = (f.metadata() or {}).get("config")
     source = f"the config in the header of {path}"
-    return text and parse_json(text, source, "train it again, or name another", "stage", "preset")
+    return text and parse_json(text, source, "train it again, or name another", stage=str, preset=str)
 
 
 def read_config(path):
     """own_config(), which must be there. Raises UserError."""
     config = own_config(path)
-    if config is None:
+    if not config:
         raise UserError(
             f"{path} was not written by pretrain.py or finetune.py (no config in it): give a model.safetensors of "
             "theirs"
         )
-    return config
+    source = f"the config in the header of {path}"
+    types = dict(method=str, rate=str, window=int, step=int, seed=int)
+    return parse_json(json.dumps(config), source, "train it again, or name another", **types)
 
 
 def load_weights(module, files, rename=None, names=None, device="cpu", dtype=None):
@@ -86,6 +89,9 @@ def load_weights(module, files, rename=None, names=None, device="cpu", dtype=Non
     for name, (path, theirs) in places.items():
         with open_safetensors(path) as f:  # opened anew for each: a mapped file stays in memory until it is closed
             tensor = f.get_tensor(theirs)
+            if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise UserError(f"{path}: {theirs} is {kind}, which is not read: give the file in bf16, fp16 or fp32")
             if not torch.stack(tensor.aminmax()).isfinite().all():  # no copy of the tensor's size
                 raise UserError(f"{path}: {theirs} holds values that are not finite; the file is damaged, use another")
             target = dtype(name, wanted[name]) if dtype else wanted[name].dtype
