@@ -14,20 +14,18 @@ import math
 import os
 import re
 import time
-import urllib.error
-import urllib.request
 from collections import Counter
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from PIL import Image
 from tqdm import tqdm
 
-from util.cli import UserError, parse_flags
+from util.cli import Failure, UserError, parse_flags
 from util.files import file_hash
+from util.http import post_json, printable
 from util.video import read_video, video_info
 
 # Recorded answers are looked up by this wording: if you change it, every question is asked, and paid for, again.
@@ -222,39 +220,33 @@ def read_reply(reply):
         if refusal or choice.get("finish_reason") == "content_filter":
             return "refusal", str(refusal or text)
         return parse_answer(text), text
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return "error", reply[:1000].decode(errors="replace")
 
 
-def post(request, timeout, key):
-    """Send a request once -> (kind, text) of the answer, in which the key is masked.
+def post(url, body, config, key):
+    """Send a question once -> (kind, text) of the answer.
 
     Raises Transient, or UserError if the server rejects the request, as it would any other.
     """
     try:
-        try:
-            reply = urllib.request.urlopen(request, timeout=timeout)
-        except urllib.error.HTTPError as e:
-            reply = e  # can be read like any other reply
-        with reply:
-            content = reply.read().replace(key.encode() or b"\0", b"[key]")
-    except (OSError, HTTPException) as e:
-        reason = getattr(e, "reason", e)  # urllib wraps what fails before the reply begins
-        if isinstance(reason, TimeoutError):
-            raise Transient("timeout", "", None) from None
-        raise Transient("unreachable", str(reason), None) from None
-    if reply.status < 300:
+        status, headers, content = post_json(url, body, key, config.timeout)
+    except TimeoutError:
+        raise Transient("timeout", "", None) from None
+    except ConnectionError as e:
+        raise Transient("unreachable", str(e), None) from None
+    if status < 300:
         return read_reply(content)
-    text = " ".join(content.decode(errors="replace").split())[:200]
-    if reply.status == 400 and re.search("content_(filter|policy)", text):
+    text = printable(content.decode(errors="replace"))
+    if status == 400 and re.search("content_(filter|policy)", text):
         return "refusal", text
-    if reply.status != 429 and reply.status < 500:
+    if status != 429 and status < 500:
         raise UserError(
-            f"{request.full_url} answers HTTP {reply.status} ({text or reply.reason}): check --endpoint (most "
-            "end in /v1), --model and --key_env, and that the model takes pictures"
+            f"{url} answers HTTP {status} ({text or 'no text'}): check --endpoint (most end in /v1), --model and "
+            "--key_env, and that the model takes pictures"
         )
-    wait = reply.headers.get("Retry-After", "")
-    raise Transient("error", f"HTTP {reply.status} {text}", min(60, int(wait)) if wait.isdecimal() else None)
+    wait = headers.get("Retry-After", "")
+    raise Transient("error", f"HTTP {status} {text}", min(60, int(wait)) if wait.isdecimal() else None)
 
 
 def post_with_retries(body, config, key):
@@ -263,12 +255,9 @@ def post_with_retries(body, config, key):
     Raises UserError where every other question would fail too: no server, or one that rejects the request.
     """
     url = config.endpoint.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    if key:
-        request.add_unredirected_header("Authorization", f"Bearer {key}")  # a redirect must not carry the key away
     for attempt in range(config.retries + 1):
         try:
-            return *post(request, config.timeout, key), attempt
+            return *post(url, body, config, key), attempt
         except Transient as e:
             kind, text, wait = e.args
         if attempt < config.retries:
@@ -390,3 +379,5 @@ def judge(argv):
             kinds += interview.kinds
     print_scores(scores, kinds, config)
     print(f"answers in {config.out}")
+    if not any(kinds[kind] for kind in ANSWERED):
+        raise Failure(f"no question was answered: see {config.out}; the same command asks again")
