@@ -359,5 +359,9 @@ def cache(argv):
     write_cache(config.videos, config.out, config.captions, base, processes)
 
 
+def main():
+    run_command("data.py", {"story": story, "cache": cache}, __doc__)
+
+
 if __name__ == "__main__":
-    run_main(lambda: run_command("data.py", {"story": story, "cache": cache}, __doc__))
+    run_main(main)

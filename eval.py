@@ -150,5 +150,9 @@ def save_preview(path, truth, result, n_clips=4):
     save_contact_sheet(rows, path)
 
 
+def main():
+    run_command("eval.py", COMMANDS, __doc__)
+
+
 if __name__ == "__main__":
-    run_main(lambda: run_command("eval.py", COMMANDS, __doc__))
+    run_main(main)

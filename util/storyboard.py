@@ -8,21 +8,23 @@ from pathlib import Path
 from util.cli import UserError
 
 TIMESTAMP = re.compile(r"(\d+\.?\d*)\s*s\s*:\s*(.*)", re.DOTALL)
-MEANT_AS_TIMESTAMP = re.compile(r"[-+]?[\d.,:]+\s*(s|secs?|seconds?|m|mins?|ms)\s*:", re.IGNORECASE)
+LOOKS_LIKE_TIMESTAMP = re.compile(r"[-+]?[\d.,:]+\s*(s|secs?|seconds?|m|mins?|ms)\s*:", re.IGNORECASE)
 
 
 def parse_storyboard(text_or_path):
-    """Read prompts -> list of (seconds, prompt) in rising order of time; [] for an empty text.
+    """Read prompts -> list of (seconds, prompt) in temporal order; [] for an empty text. It may be
 
-    Takes a plain prompt (it holds from 0 s on); `0s: a man walks / 4.5s: he sits`, entries on lines or split by " / ";
-    or the path of a .txt (the same; lines that begin with # are comments) or of a .json, a list of [seconds, prompt]
-    or {"start": seconds, "text": prompt} (an "end" is ignored: a prompt holds until the next one begins).
+    a plain prompt         which holds from 0 s on
+    prompts with times     0s: a man walks / 4.5s: he sits    (separated by " / " or on lines of their own)
+    the path of a .txt     with one of these; lines that begin with # are comments
+    the path of a .json    with a list of [seconds, prompt] or {"start": seconds, "text": prompt}; an "end" is ignored,
+                           since a prompt holds until the next one
     Raises UserError naming the line or entry.
     """
     text = str(text_or_path).strip()
     suffix = Path(text).suffix.lower() if "\n" not in text else ""
     if not isinstance(text_or_path, Path) and suffix not in {".txt", ".json"}:
-        return _parse_text(text, "the prompt")
+        return parse_text(text, "the prompt")
     try:
         content = Path(text).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -31,12 +33,12 @@ def parse_storyboard(text_or_path):
             "give a .txt or .json file, or the prompt itself"
         ) from None
     if suffix == ".json":
-        return _parse_json(content, text)
-    return _parse_text("\n".join("" if s.lstrip().startswith("#") else s for s in content.splitlines()), text)
+        return decode_json(content, text)
+    return parse_text("\n".join("" if s.lstrip().startswith("#") else s for s in content.splitlines()), text)
 
 
-def _parse_text(text, where):
-    """Text of the grammar above -> list of (seconds, prompt); `where` names it in errors."""
+def parse_text(text, where):
+    """A plain prompt or prompts with times -> list of (seconds, prompt); `where` names the text in errors."""
     entries = [
         (i + 1, part.strip())
         for i, line in enumerate(text.splitlines())
@@ -44,19 +46,19 @@ def _parse_text(text, where):
         if part.strip()
     ]
     stamps = [TIMESTAMP.fullmatch(part) for _, part in entries]
-    if not any(stamps) and not any(MEANT_AS_TIMESTAMP.match(part) for _, part in entries):
+    if not any(stamps) and not any(LOOKS_LIKE_TIMESTAMP.match(part) for _, part in entries):
         prompt = " ".join(text.split())
         return [(0.0, prompt)] if prompt else []
     storyboard = []
     for (line, part), stamp in zip(entries, stamps):
         if stamp is None:
             raise UserError(f'{where}, line {line}: "{part[:40]}" has no time before it; write "4s: he sits"')
-        _append(storyboard, float(stamp[1]), stamp[2], f"{where}, line {line}")
+        append_entry(storyboard, float(stamp[1]), stamp[2], f"{where}, line {line}")
     return storyboard
 
 
-def _parse_json(content, where):
-    """JSON text -> list of (seconds, prompt); `where` names it in errors."""
+def decode_json(content, where):
+    """JSON -> list of (seconds, prompt); `where` names the file in errors."""
     try:
         entries = json.loads(content)
     except json.JSONDecodeError as error:
@@ -67,19 +69,19 @@ def _parse_json(content, where):
 def parse_entries(entries, where):
     """A decoded JSON storyboard -> list of (seconds, prompt); `where` names it in errors. Raises UserError."""
     if not isinstance(entries, list):
-        raise UserError(f'{where}: expected a list such as [{{"start": 0, "text": "he sits"}}], found another thing')
+        raise UserError(f'{where}: expected a list such as [{{"start": 0, "text": "he sits"}}], found something else')
     storyboard = []
     for i, entry in enumerate(entries):
         if isinstance(entry, dict):
             entry = [entry.get("start"), entry.get("text")]
         if not isinstance(entry, list) or len(entry) != 2:
             raise UserError(f'{where}, entry {i + 1}: write {{"start": seconds, "text": prompt}} or [seconds, prompt]')
-        _append(storyboard, *entry, f"{where}, entry {i + 1}")
+        append_entry(storyboard, *entry, f"{where}, entry {i + 1}")
     return storyboard
 
 
-def _append(storyboard, seconds, prompt, where):
-    """Check one entry and append it. Raises UserError that begins with `where`."""
+def append_entry(storyboard, seconds, prompt, where):
+    """Validate one entry and append it. Raises UserError, which begins with `where`."""
     if type(seconds) not in (int, float) or not 0 <= seconds < math.inf:
         raise UserError(f"{where}: the time is {seconds!r}; give a number of seconds, 0 or more")
     if not isinstance(prompt, str) or not prompt.strip():
@@ -90,13 +92,13 @@ def _append(storyboard, seconds, prompt, where):
 
 
 def prompt_at(storyboard, seconds):
-    """The prompt nearest at or before `seconds`; the first if none is; "" for an empty storyboard."""
+    """The prompt that holds at `seconds`: the last one to start by then, else the first; "" if there is none."""
     prompts = [prompt for start, prompt in storyboard if start <= seconds] or [prompt for _, prompt in storyboard[:1]]
     return prompts[-1] if prompts else ""
 
 
 def storyboard_beside(path):
-    """The storyboard in the .json, else the .txt, of the same name beside a video, or None."""
+    """The storyboard of the same name beside a video, a .json or else a .txt; None if there is neither."""
     for beside in (Path(path).with_suffix(".json"), Path(path).with_suffix(".txt")):
         if beside.is_file():
             return parse_storyboard(beside)
