@@ -103,7 +103,7 @@ def time_shares(job, device):
 
 
 def diffusers_dit(dit):
-    """diffusers' WanTransformer3DModel that shares the weights of `dit`; None where diffusers is not installed."""
+    """diffusers' WanTransformer3DModel that shares the matrices of `dit`; None where diffusers is not installed."""
     try:
         from diffusers import WanTransformer3DModel
     except ImportError:
@@ -126,6 +126,8 @@ def diffusers_dit(dit):
             rope_max_seq_len=1024,
         )
     theirs.load_state_dict({name: weights[wan_name(name)] for name in theirs.state_dict()}, assign=True)
+    for p in theirs.parameters():  # all in one dtype: with its weight in another one, their RMSNorm is not fused
+        p.data = p.data.to(dit.blocks[0].self_attn.q.weight.dtype)
     theirs.rope = type(theirs.rope)(c.dim // c.heads, c.patch, 1024)  # its tables are not in the state dict
     if dit.recompute:
         theirs.enable_gradient_checkpointing()

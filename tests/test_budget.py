@@ -2,6 +2,7 @@
 without content where they are large."""
 
 import dataclasses
+import re
 import weakref
 
 import pytest
@@ -157,8 +158,10 @@ class Live(TorchDispatchMode):
 
 @pytest.mark.parametrize("lora", [0, 128])
 @pytest.mark.parametrize("preset", ["wan-1.3b", "wan-14b"])
-def test_the_most_that_sampling_needs_in_a_block(preset, lora):
-    """Against all that lives in a forward pass of one layer at 480p, on tensors without content."""
+def test_the_most_that_sampling_needs_in_a_block(preset, lora, monkeypatch):
+    """Against all that lives in a forward pass of one layer at 480p, on tensors without content, with a fused attention
+    as on a GPU. Never less than that, since it must fit."""
+    monkeypatch.setattr(model, "attention", F.scaled_dot_product_attention)
     base = open_base(preset)
     c, M, frames = dataclasses.replace(base.dit, layers=1), 4264, 8
     with FakeTensorMode(), torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -174,7 +177,7 @@ def test_the_most_that_sampling_needs_in_a_block(preset, lora):
         with Live() as live:
             dit(x, t, text, None, memory)
     denoising, _ = budget.sampling_memory(base, 1 if lora else 0, 0, M + frames * 30 * 52)
-    assert denoising["inside one block"] == pytest.approx(live.most, rel=0.1)
+    assert live.most < denoising["inside one block"] < 1.2 * live.most
 
 
 def test_memory_of_wans_vae():
@@ -257,7 +260,7 @@ def test_the_largest_batch_fills_the_memory(capsys):
         return next(line.split("GiB")[1] for line in lines if "largest batch" in line)
 
     assert batches(2, 79).split() == ["3", "1"]
-    assert batches(2, 30).split("  ") == ["", "does not fit", "does not fit"]
+    assert re.split(" {2,}", batches(2, 30).strip()) == ["does not fit"] * 2
 
 
 def test_what_cannot_be_predicted_is_refused(refused):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import finetune
 import pretrain
+from encoder import load_model
 from model import DiT, DiTConfig
 from tests.common import ROOT, TINY, flags, randn, randomize, run, tiny_base
 
@@ -63,6 +64,8 @@ def test_stage_2_begins_with_the_base_and_a_fresh_lora(lora, cache):
     start = {k: base.get(k, torch.zeros_like(v)) for k, v in two.items()}
     gap_one, gap_two = (max((x[k] - v).abs().max() for k, v in start.items()) for x in (one, two))
     assert gap_two < 1e-6 and gap_one > 1e-3
+    model = load_model("two/model.safetensors", tiny_base(), "base.safetensors" if lora else "")
+    assert all(torch.equal(model.dit.state_dict()[k], v) for k, v in two.items())
 
 
 def test_recomputing_activations_changes_no_gradient():

@@ -151,6 +151,7 @@ def test_the_dit_equals_wan(name, case):
         assert (dit(x, tensors[f"in.{case}.t"][i : i + 1], context) - out).abs().max() < 1e-5
 
 
+@pytest.mark.optional
 @torch.no_grad()
 def test_the_dit_equals_that_of_diffusers(tmp_path):
     diffusers = pytest.importorskip("diffusers")

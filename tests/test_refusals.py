@@ -1,6 +1,5 @@
 """Command lines: a user's mistake is one line, exit code 2, and leaves no file; help; exit codes."""
 
-import contextlib
 import dataclasses
 import math
 import subprocess
@@ -27,15 +26,20 @@ data_main, eval_main = script("data"), script("eval")
 # sample.py
 
 
-def test_sample_refuses_bad_histories(refused):
-    checkpoint = write_checkpoint()
+def write_bad_videos():
+    """Files that are no usable videos -> their names, with those of a folder and of a file that is not there."""
     write_video("good.mp4")
     Path("text.mp4").write_text("not a video\n" * 50)
     Path("text.txt").write_text("not a video\n" * 50)  # FFmpeg would draw it
     Path("empty.mp4").touch()
     Path("cut.mp4").write_bytes(Path("good.mp4").read_bytes()[:300])
     write_sound("sound.mp4")
-    for name in "missing.mp4", "text.mp4", "text.txt", "empty.mp4", "cut.mp4", "sound.mp4", ".":
+    return "missing.mp4", "text.mp4", "text.txt", "empty.mp4", "cut.mp4", "sound.mp4", "."
+
+
+def test_sample_refuses_bad_histories(refused):
+    checkpoint = write_checkpoint()
+    for name in write_bad_videos():
         assert name in refused(sample.main, "--checkpoint", checkpoint, "--history", name)
     assert "--history" in refused(sample.main, "--checkpoint", checkpoint)
     for file, says in ("./good.mp4", "--save_file"), ("a.avi", "a.avi"):
@@ -66,8 +70,8 @@ def test_sample_refuses_bad_checkpoints(refused):
 
     for path, says in (
         (write_checkpoint("nan.safetensors", change=damage), "dit.head.head.bias"),
-        (write_checkpoint("rate.safetensors", claims={"rate": "2x2x2"}), "encoder.hr.convs"),
-        (write_checkpoint("width.safetensors", claims={"preset": "nano"}), "has shape (48,), expected (256,)"),
+        (write_checkpoint("rate.safetensors", rate="2x2x2"), "encoder.hr.convs"),
+        (write_checkpoint("width.safetensors", preset="nano"), "has shape (48,), expected (256,)"),
         (write_checkpoint("stage.safetensors", stage="pretrain"), "pretrain"),
         ("pickle.safetensors", "pickle.safetensors"),
         ("missing.safetensors", "missing.safetensors"),
@@ -92,12 +96,13 @@ def test_sample_refuses_flags_that_do_nothing(refused):
     assert "--seed" in refused(*common, "--seed", 2**64)
 
 
-def test_what_does_not_fit_the_memory_is_one_line(capsys, monkeypatch):
-    def solver(*given):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nA second line")
+def run_out_of_memory(*given):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nA second line")
 
+
+def test_what_does_not_fit_the_memory_is_one_line(capsys, monkeypatch):
     write_video("good.mp4")
-    monkeypatch.setitem(sample.SOLVERS, "euler", solver)
+    monkeypatch.setitem(sample.SOLVERS, "euler", "tests.test_refusals.run_out_of_memory")
     with pytest.raises(SystemExit) as stop:
         run(sample.main, "--history", "good.mp4", "--checkpoint", write_checkpoint(), "--save_file", "made/a.mp4")
     said = capsys.readouterr().err
@@ -136,7 +141,7 @@ def test_sample_writes_nothing_that_is_not_finite(capsys):
         ("method", "propsed", "proposed"),
         ("method", "sliding-window", "finetune.py"),
         ("method", "keyframes", "finetune.py"),
-        ("method", "none", "memory"),
+        ("method", "none", "finetune.py"),
         ("rate", "3x3x3", "--rate"),
         ("window", 0, "--window"),
         ("window", 3, "drop it"),
@@ -225,11 +230,9 @@ def test_eval_refuses_unknown_commands_and_flags(refused):
 
 def test_retrieval_refuses_bad_histories(refused):
     checkpoint = write_checkpoint(stage="pretrain")
-    Path("text.mp4").write_text("not a video\n" * 50)
-    Path("empty.mp4").touch()
-    write_sound("sound.mp4")
+    names = write_bad_videos()
     write_video("short.mp4", 2)
-    for name in "missing.mp4", "text.mp4", "empty.mp4", "sound.mp4", ".", "short.mp4":
+    for name in (*names, "short.mp4"):
         assert name in refused(eval_main, "retrieval", "--checkpoint", checkpoint, "--history", name)
 
 
@@ -249,8 +252,7 @@ def test_unknown_presets_are_refused_everywhere(refused):
 
 @pytest.mark.parametrize("stage", [pretrain, finetune, sample])
 def test_help_describes_every_flag(stage, capsys):
-    with contextlib.suppress(SystemExit):
-        run(stage.main, "--help")
+    run(stage.main, "--help")
     said = capsys.readouterr().out
     assert "--seed" in said and "python" in said
     config = {pretrain: pretrain.PretrainConfig, finetune: finetune.FinetuneConfig, sample: sample.SampleConfig}[stage]

@@ -21,6 +21,7 @@ from tests.common import SETTINGS, randn, tiny_base
 from util.cli import UserError
 
 
+@pytest.mark.optional
 def test_the_vae_in_pieces_equals_the_whole(vae):
     codec, pixels = WanCodec(vae), randn(1, 3, 21, 32, 48).clamp(-1, 1)
     latents = codec.encode(pixels)
@@ -38,6 +39,7 @@ def test_the_vae_in_pieces_equals_the_whole(vae):
     assert tuple(codec.vae.config.latents_mean) == MEAN and tuple(codec.vae.config.latents_std) == STD
 
 
+@pytest.mark.optional
 @pytest.mark.parametrize("flag, stem", [("vae", "diffusion_pytorch_model"), ("t5", "model")])
 def test_models_are_read_whole_or_not_at_all(flag, stem, tmp_path, request):
     path = tmp_path / "model"
@@ -55,6 +57,7 @@ def test_models_are_read_whole_or_not_at_all(flag, stem, tmp_path, request):
         open_base("tiny-wan", **{flag: path})
 
 
+@pytest.mark.optional
 @pytest.mark.parametrize(
     "change, says",
     [
@@ -71,11 +74,13 @@ def test_another_vae_is_refused(change, says, tmp_path, vae):
         WanCodec(tmp_path / "other")
 
 
+@pytest.mark.optional
 def test_a_text_encoder_of_another_width_is_refused(t5):
     with pytest.raises(UserError, match="makes vectors of 16 numbers, but the DiT reads 32"):
         UMT5Prompts(t5, 32)
 
 
+@pytest.mark.optional
 def test_the_vae_shows_frames_in_their_place(vae):
     codec = WanCodec(vae)
     latents, other = (codec.encode(randn(2, 3, 21, 16, 16, seed=i).clamp(-1, 1)) for i in (0, 1))
@@ -98,6 +103,7 @@ def test_the_codec_downsamples_whole_segments_and_the_lone_latent():
         codec.decoder()
 
 
+@pytest.mark.optional
 @torch.no_grad()
 def test_prompts_are_zero_padded(t5, capsys):
     prompts = UMT5Prompts(t5, 16, 6)
@@ -111,6 +117,7 @@ def test_prompts_are_zero_padded(t5, capsys):
     assert torch.equal(long, expected)
 
 
+@pytest.mark.optional
 def test_prompts_are_embedded_on_the_cpu_if_the_gpu_is_too_small(t5, capsys, monkeypatch):
     expected = UMT5Prompts(t5, 16, 6)("a cat walks")
     prompts, devices = UMT5Prompts(t5, 16, 6, "cuda"), []

@@ -25,6 +25,7 @@ def compute_dtype(device):
 
     A processor without them emulates bf16; on a CPU that is about ten times slower than float32.
     """
+    device = torch.device(device)
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:

@@ -1,4 +1,4 @@
-"""A folder of videos: find them, split off held-out ones, report those that cannot be used."""
+"""A folder of videos: find them, read them, hold some out, report those that cannot be used."""
 
 import errno
 import hashlib
@@ -12,11 +12,11 @@ import torch
 from util.cli import UserError, first_line, warn
 from util.video import VIDEO_SUFFIXES, read_video, stream_video, video_info
 
-LONE_VIDEO = "the only video is trained on and held out too: its figures say nothing about other videos"
+LONE_VIDEO = "there is only one video, so it is also the held-out one: its scores say nothing about other videos"
 
 
 def find_videos(folder):
-    """All video files below a folder, sorted, without hidden ones (macOS leaves ._x.mp4). Raises UserError if none."""
+    """All video files below a folder, sorted, without hidden ones (macOS writes ._x.mp4). Raises UserError if none."""
     if not Path(folder).is_dir():
         raise UserError(f"{folder} is not a folder: give a folder of videos")
     found = sorted(
@@ -30,9 +30,9 @@ def find_videos(folder):
 
 
 def nearest_size(sizes, info):
-    """The (height, width) whose aspect ratio is nearest to a video's; info: from video_info()."""
-    shape = math.log(info["height"] / info["width"])
-    return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - shape))
+    """The (height, width) in `sizes` whose aspect ratio is nearest to a video's. info: from video_info()."""
+    aspect = math.log(info["height"] / info["width"])
+    return min(sizes, key=lambda size: abs(math.log(size[0] / size[1]) - aspect))
 
 
 def stream_clip(path, base):
@@ -64,14 +64,14 @@ def why_unusable(path, error):
 
 
 def report_skipped(skipped, total, folder):
-    """List the files that cannot be used on stderr. Raises UserError if they are more than 20 %."""
+    """Print on stderr why files cannot be used. Raises UserError if these are more than 20 %."""
     for message in skipped:
         print(f"skipped: {message}", file=sys.stderr)
     check_skipped(len(skipped), total, folder)
 
 
 def warn_past_end(path, seconds, end):
-    """Warn that the last prompt of a video's storyboard starts after the video has ended; both in seconds."""
+    """Warn that the last prompt of a storyboard starts, at `seconds`, after its video ends, at `end` seconds."""
     warn(f"{path}: its storyboard goes on to {seconds:g} s, but the video ends at {end:g} s")
 
 
@@ -83,8 +83,8 @@ def name_digest(name):
 def split_videos(videos):
     """Split video names -> (names to train on, held-out names).
 
-    About one in ten is held out, at least one and never all; a lone video is in both. Each is chosen by its own name,
-    so adding a video to many does not move the others.
+    About one in ten is held out, at least one and never all; a single video is in both lists. The name of each decides,
+    so a video added to many leaves the others where they are.
     """
     order = sorted(videos, key=name_digest)
     held = [name for name in order if name_digest(name) % 10 == 0][: max(1, len(order) - 1)] or order[:1]

@@ -11,10 +11,12 @@ from util.files import atomic_write
 
 
 def contact_sheet(rows, columns=None, scale=None):
-    """A picture of labelled rows of frames on white, each label at the left of its row: uint8 (H, W, 3) array.
+    """A picture of rows of frames on white, each with its label at the left: uint8 array (H, W, 3).
 
-    rows: list of (label, frames (F, H, W, 3) uint8); columns: a caption above each column; scale: the whole factor to
-    enlarge by (nearest neighbour), by default the largest that keeps a frame's short side within 128.
+    rows     list of (label, frames (F, H, W, 3) uint8)
+    columns  captions above the columns
+    scale    whole factor to enlarge by (nearest neighbour); by default the largest that keeps a frame's short side
+             within 128
     """
     labels, captions = [str(label) for label, _ in rows], [str(caption) for caption in columns or []]
     rows = [torch.as_tensor(frames).cpu().numpy() for _, frames in rows]
@@ -42,13 +44,13 @@ def contact_sheet(rows, columns=None, scale=None):
 
 
 def text_width(texts, font):
-    """Width in pixels of the widest of these texts, of one or more lines; 0 if there are none."""
+    """Width in pixels of the widest of these texts, which may have several lines; 0 if there are none."""
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     return max([0, *(math.ceil(ruler.multiline_textbbox((0, 0), text, font=font)[2]) for text in texts)])
 
 
 def save_contact_sheet(rows, path, columns=None, scale=None):
-    """Write a contact_sheet() as a PNG. Raises UserError if it cannot be written there."""
+    """Write a contact_sheet() as a PNG. Raises UserError if `path` cannot be written."""
     sheet = contact_sheet(rows, columns, scale)
     with atomic_write(path) as temporary:
         iio.imwrite(temporary, sheet, extension=".png")

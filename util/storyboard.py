@@ -22,19 +22,21 @@ CLOCK_STAMP = re.compile(r"(?<![\d:])\d{1,2}:\d{2}(?!\d)")
 
 
 def parse_storyboard(text_or_path):
-    """Read prompts -> list of (seconds, prompt) in rising order of time; [] for an empty text.
+    """Read prompts -> list of (seconds, prompt) in temporal order; [] for an empty text. It may be
 
-    A text: a plain prompt, which holds from 0 s on; `0s: a man walks / 4.5s: he sits`, with lines or commas in place of
-    " / "; `a man walks [4s: he sits]`; `00:04 he sits`, one per line; SRT. Ranges such as 0s-3s count from their start:
-    a prompt holds until the next one begins.
-    Or the path of a .txt (the same; lines that begin with # are comments), .srt, or .json: a list of [seconds, prompt]
-    or {"start": seconds, "text": prompt}.
+    a plain prompt         which holds from 0 s on
+    prompts with times     0s: a man walks / 4.5s: he sits    (separated by " / ", commas, or on lines of their own)
+                           a man walks [4.5s: he sits], 00:04 he sits (one per line), or SRT
+    the path of a .txt     with one of these; lines that begin with # are comments. Or of an .srt
+    the path of a .json    with a list of [seconds, prompt] or {"start": seconds, "text": prompt}
+
+    A prompt holds until the next one begins, so ends, as in 0s-3s, are ignored.
     Raises UserError naming the line or entry.
     """
     text = str(text_or_path).strip()
     suffix = Path(text).suffix.lower() if "\n" not in text else ""
     if not isinstance(text_or_path, Path) and suffix not in {".txt", ".json", ".srt"}:
-        return _parse_text(text, "the prompt")
+        return parse_text(text, "the prompt")
     try:
         content = Path(text).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError, ValueError) as error:
@@ -43,16 +45,16 @@ def parse_storyboard(text_or_path):
             "give a .txt, .srt or .json file, or the prompt itself"
         ) from None
     if suffix == ".json":
-        return _parse_json(content, text)
-    return _parse_text("\n".join("" if s.lstrip().startswith("#") else s for s in content.splitlines()), text)
+        return decode_json(content, text)
+    return parse_text("\n".join("" if s.lstrip().startswith("#") else s for s in content.splitlines()), text)
 
 
-def _parse_text(text, where):
+def parse_text(text, where):
     """Text in one of the notations above -> list of (seconds, prompt); `where` names it in errors."""
     if SUBTITLE.search(text):
-        return _collect(_subtitles(text))
+        return collect(read_subtitles(text))
     if BRACKETED.search(text):
-        return _collect(_bracketed(text, where))
+        return collect(read_bracketed(text, where))
     entries = [
         (f"{where}, line {i + 1}", part.strip())
         for i, line in enumerate(text.splitlines())
@@ -60,11 +62,11 @@ def _parse_text(text, where):
         if part.strip()
     ]
     if any(STAMPED.fullmatch(part) for _, part in entries):
-        return _collect(_stamped(entries))
+        return collect(read_stamped(entries))
     clocks = [CLOCKED.fullmatch(part) for _, part in entries]
     # "10:30 in the morning" is a plain prompt; a clock that starts at zero, or one on every line, is a time
     if clocks and all(clocks) and (len(clocks) > 1 or entries[0][1].lstrip("[").startswith("0")):
-        return _collect([(place, _clock_seconds(c), c[4]) for (place, _), c in zip(entries, clocks)])
+        return collect([(place, clock_seconds(c), c[4]) for (place, _), c in zip(entries, clocks)])
     meant = [place for place, part in entries if UNIT_STAMP.match(part)]
     if meant or len(UNIT_STAMP.findall(text)) + len(CLOCK_STAMP.findall(text)) > 1:
         place = (meant or [where])[0]
@@ -73,7 +75,7 @@ def _parse_text(text, where):
     return [(0.0, prompt)] if prompt else []
 
 
-def _stamped(entries):
+def read_stamped(entries):
     """`4s: he sits`: every entry (place, text) has its time -> (place, seconds, prompt)."""
     for place, part in entries:
         stamp = STAMPED.fullmatch(part)
@@ -82,7 +84,7 @@ def _stamped(entries):
         yield place, float(stamp[1]), stamp[2]
 
 
-def _bracketed(text, where):
+def read_bracketed(text, where):
     """`he walks [4s: he sits]` -> (place, seconds, prompt); what stands before the first bracket holds from 0 s on."""
     first, *rest = BRACKETED.split(text)
     if first.strip():
@@ -93,32 +95,32 @@ def _bracketed(text, where):
         yield f"{where}, [{seconds}s", float(seconds), prompt
 
 
-def _subtitles(text):
+def read_subtitles(text):
     """SRT or WebVTT -> (place, seconds, prompt)."""
     stamps = list(SUBTITLE.finditer(text))
     ends = [stamp.start() for stamp in stamps[1:]] + [len(text)]
     for stamp, end in zip(stamps, ends):
         place = stamp[0].strip().splitlines()[-1]
-        yield place, _clock_seconds(stamp), text[stamp.end() : end]
+        yield place, clock_seconds(stamp), text[stamp.end() : end]
 
 
-def _clock_seconds(match):
+def clock_seconds(match):
     """Seconds of a match of CLOCK."""
     hours, minutes, seconds = match[1] or 0, match[2], match[3].replace(",", ".")
     return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
 
 
-def _collect(entries):
+def collect(entries):
     """Check (place, seconds, prompt) one after the other -> list of (seconds, prompt). Raises UserError with the
     place."""
     storyboard = []
     for place, seconds, prompt in entries:
-        _append(storyboard, seconds, prompt, place)
+        append_entry(storyboard, seconds, prompt, place)
     return storyboard
 
 
-def _parse_json(content, where):
-    """JSON text -> list of (seconds, prompt); `where` names it in errors."""
+def decode_json(content, where):
+    """JSON -> list of (seconds, prompt); `where` names the file in errors."""
     try:
         entries = json.loads(content)
     except json.JSONDecodeError as error:
@@ -131,18 +133,18 @@ def _parse_json(content, where):
 def parse_entries(entries, where):
     """A decoded JSON storyboard -> list of (seconds, prompt); `where` names it in errors. Raises UserError."""
     if not isinstance(entries, list):
-        raise UserError(f'{where}: expected a list such as [{{"start": 0, "text": "he sits"}}], found another thing')
+        raise UserError(f'{where}: expected a list such as [{{"start": 0, "text": "he sits"}}], found something else')
     storyboard = []
     for i, entry in enumerate(entries):
         if isinstance(entry, dict):
             entry = [entry.get("start"), entry.get("text")]
         if not isinstance(entry, list) or len(entry) != 2:
             raise UserError(f'{where}, entry {i + 1}: write {{"start": seconds, "text": prompt}} or [seconds, prompt]')
-        _append(storyboard, *entry, f"{where}, entry {i + 1}")
+        append_entry(storyboard, *entry, f"{where}, entry {i + 1}")
     return storyboard
 
 
-def _append(storyboard, seconds, prompt, where):
+def append_entry(storyboard, seconds, prompt, where):
     """Check one entry and append it. Raises UserError that begins with `where`."""
     if type(seconds) not in (int, float) or not 0 <= seconds <= LONGEST:
         raise UserError(f"{where}: the time is {str(seconds)[:40]}; give a number of seconds, 0 to {LONGEST:,}")
@@ -154,13 +156,13 @@ def _append(storyboard, seconds, prompt, where):
 
 
 def prompt_at(storyboard, seconds):
-    """The prompt nearest at or before `seconds`; the first if none is; "" for an empty storyboard."""
+    """The prompt that holds at `seconds`: the last one to start by then, else the first; "" if there is none."""
     prompts = [prompt for start, prompt in storyboard if start <= seconds] or [prompt for _, prompt in storyboard[:1]]
     return prompts[-1] if prompts else ""
 
 
 def storyboard_beside(path):
-    """The storyboard in the .json, else the .txt, of the same name beside a video, or None."""
+    """The storyboard of the same name beside a video, a .json or else a .txt; None if there is neither."""
     for beside in (Path(path).with_suffix(".json"), Path(path).with_suffix(".txt")):
         if beside.is_file():
             return parse_storyboard(beside)

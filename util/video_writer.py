@@ -1,4 +1,4 @@
-"""Writing video files. PyAV directly: imageio.v3's pyav plugin can set neither colour tags nor the quality (crf)."""
+"""Write video files. With PyAV, because imageio.v3's pyav plugin can set neither colour tags nor the quality (crf)."""
 
 import math
 from contextlib import ExitStack
@@ -17,9 +17,11 @@ from util.files import atomic_write, check_output
 class VideoWriter:
     """Writes a video section by section: `with VideoWriter(path, fps, height, width) as w: w.write(frames)`.
 
-    path ends in .mp4, .mov or .mkv (H.264, plays everywhere) or .gif. height, width: of the frames to write. scale: the
-    whole factor to enlarge by (nearest neighbour); by default the largest that keeps the short side within 512.
-    Nothing appears at `path` before the end, and nothing at all on an exception. Raises UserError.
+    path           ends in .mp4, .mov or .mkv (H.264, which plays everywhere) or in .gif
+    height, width  of the frames to write
+    scale          whole factor to enlarge by (nearest neighbour); by default the largest that keeps the short side
+                   within 512
+    The file appears at `path` when it is complete, and not at all after an exception. Raises UserError.
     """
 
     def __init__(self, path, fps, height, width, scale=None):
@@ -29,10 +31,10 @@ class VideoWriter:
             raise UserError(f"{path}: a video is written as .mp4, .mov, .mkv or .gif; change the suffix")
         if not 0 < fps <= (50 if self.gif else 1000):
             raise UserError(f"fps is {fps}: give a number above 0" + ", at most 50 for a gif" * self.gif)
-        check_output(self.path)  # refuse now what cannot be written, not after hours of sampling
-        # Players stutter, or drop the last picture, at the 2 fps of the nano preset: show each frame several times.
-        self.times = 1 if self.gif else math.ceil(8 / fps)
-        self.rate = Fraction(fps).limit_denominator(1001) * self.times
+        check_output(self.path)  # fail now, not after hours of sampling
+        # At the 2 frames per second of nano, players stutter or drop the last picture: repeat each frame.
+        self.repeats = 1 if self.gif else math.ceil(8 / fps)
+        self.rate = Fraction(fps).limit_denominator(1001) * self.repeats
         self.count = 0
 
     def __enter__(self):
@@ -47,35 +49,35 @@ class VideoWriter:
             self.stream.pix_fmt = "pal8" if self.gif else "yuv420p"
             if not self.gif:
                 self.stream.options = {"crf": "16"}
-                context = self.stream.codec_context  # say what the numbers mean, or players guess: BT.709, 16-235
+                context = self.stream.codec_context  # BT.709, 16-235: without these tags, players guess
                 context.colorspace = context.color_primaries = context.color_trc = context.color_range = 1
             self.stack = stack.pop_all()
         return self
 
     def write(self, frames):
-        """frames: (F, H, W, 3) uint8, tensor or array; may be called many times."""
+        """Append frames (F, H, W, 3) uint8, a tensor or an array."""
         frames = torch.as_tensor(frames)
         if frames.dtype != torch.uint8 or tuple(frames.shape[1:]) != (*self.size, 3):
             raise ValueError(f"frames are {tuple(frames.shape)} {frames.dtype}, expected (F, {self.size}, 3) uint8")
         for frame in frames.cpu().numpy():
-            picture = self._gif_frame(frame) if self.gif else self._h264_frame(frame)
+            picture = self.gif_frame(frame) if self.gif else self.h264_frame(frame)
             picture.time_base = 1 / self.rate
-            for _ in range(self.times):
+            for _ in range(self.repeats):
                 picture.pts = self.count
                 self.count += 1
                 self.container.mux(self.stream.encode(picture))
 
-    def _h264_frame(self, frame):
+    def h264_frame(self, frame):
         """(H, W, 3) uint8 -> enlarged av.VideoFrame."""
         frame = frame.repeat(self.scale, 0).repeat(self.scale, 1)
         frame = np.pad(frame, [(0, n % 2) for n in frame.shape[:2]] + [(0, 0)], mode="edge")  # 4:2:0 needs even sizes
         return av.VideoFrame.from_ndarray(frame).reformat(
             format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG", interpolation="AREA"
-        )  # the default lets colour leak into the next enlarged pixel
+        )  # the default interpolation lets colour leak into the next enlarged pixel
 
-    def _gif_frame(self, frame):
+    def gif_frame(self, frame):
         """(H, W, 3) uint8 -> enlarged av.VideoFrame."""
-        small = Image.fromarray(frame).quantize(256)  # every frame has its own best 256 colours
+        small = Image.fromarray(frame).quantize(256)  # the best 256 colours of this frame
         colours = np.array(small.getpalette("RGB"), np.uint8).reshape(-1, 3)
         palette = np.full((256, 4), 255, np.uint8)  # alpha, red, green, blue
         palette[: len(colours), 1:] = colours
@@ -85,7 +87,7 @@ class VideoWriter:
     def __exit__(self, *exception):
         if exception[0] is not None:
             return self.stack.__exit__(*exception)
-        with self.stack:  # closes the container, then gives the file its name
+        with self.stack:  # closes the container, then renames the file
             if not self.count:
                 raise ValueError(f"no frame was written to {self.path}")
             self.container.mux(self.stream.encode(None))

@@ -1,0 +1,126 @@
+"""Continue held-out stories with finished runs and score what they wrote: what Table 2 and the story test share.
+
+How a section is scored: dolls/scores.py.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from bases import open_base
+from bench.budget import flops
+from bench.runs import EvalConfig, describe_machine, measure_runs, open_checkpoint, question
+from bench.speed import alternate
+from bench.stats import per_clip
+from dolls.dataset import STORY_SECTIONS
+from dolls.scores import MAIN, score
+from encoder import Memory
+from model import sample
+from pretrain import downsample, generator
+from util.cli import UserError
+from util.device import autocast, pick_device
+from util.video import to_frames
+
+
+@dataclass
+class StoryConfig(EvalConfig):
+    guidance: float = 1.5  # classifier-free guidance: 1 is none
+    out: str = "out"  # folder for table2_story.csv, .png and _strip.png
+
+
+def story_base(runs, sections=1):
+    """(base of the runs, sections of its history). Stories must have so many, and `sections` more: raises UserError."""
+    base = open_base(next(iter(runs.values()))["preset"])
+    first = base.history // base.section
+    if base.needs_cache or first + sections > STORY_SECTIONS:
+        raise UserError(
+            f"{sections} sections after the {first} of a history of --preset {base.name}: stories of the paper-doll "
+            f"world have {STORY_SECTIONS}; give runs of --preset nano and fewer --sections"
+        )
+    return base, first
+
+
+@torch.no_grad()
+def continue_stories(model, base, clips, first, sections, config):
+    """Write sections from number `first` on, each from all before it: uint8 (n, S, F, H, W, 3)."""
+    device, made = pick_device(config.device), []
+    for start in tqdm(range(0, len(clips), config.batch), desc=f"continuing, {type(model.encoder).__name__}"):
+        rows = range(start, min(start + config.batch, len(clips)))
+        history = torch.cat([clips[row].cut(0, first * base.section) for row in rows]).to(device)
+        memory = Memory(model, base.codec, base.history // base.section)  # as much as training showed it
+        with autocast(device):
+            memory.append(history)
+        shape = 1, history.shape[1], base.section, *history.shape[3:]
+        for k in range(first, first + sections):
+            times = k * base.section + torch.arange(base.section, device=device)
+            noise = [torch.randn(shape, generator=generator(config.seed, row, k)) for row in rows]
+            text = [clips[row].text(k * base.section, base.prompts) for row in rows]
+            noise, text = torch.cat(noise).to(device), torch.cat(text).to(device)
+            settings = config.steps, config.shift, config.guidance
+            with autocast(device):
+                x = sample(model.dit, noise, text, times, memory.context(), *settings).float()
+                memory.append(x)
+            made.append(to_frames(base.codec.decode(x)).cpu())  # (B, F, H, W, 3)
+    return torch.cat([torch.stack(made[i : i + sections], 1) for i in range(0, len(made), sections)])
+
+
+def costs(model, base, clip, config):
+    """{column: value} of writing a section after a full history of one clip.
+
+    Memory tokens; FLOPs and milliseconds of all the sampler's forward passes (one is timed, the median of 5) and of φ
+    of the new section.
+    """
+    encoder, device = model.encoder, pick_device(config.device)
+    calls = config.steps * (1 if config.guidance == 1 else 2)
+    high = clip.cut(0, base.history).to(device)
+    new = high[:, :, -base.section :]
+
+    def encode(latents):
+        return encoder.encode(latents, downsample(base, encoder, latents))
+
+    with torch.no_grad(), autocast(device), FlopCounterMode(display=False) as counter:
+        memory = encode(high)
+        before = counter.get_total_flops()
+        encode(new)
+        of_encoder = counter.get_total_flops() - before
+    tokens = 0 if memory is None else memory[0].shape[1]
+    noisy = math.prod(new.shape[2:]) // math.prod(base.dit.patch)
+    text, t = clip.text(base.history, base.prompts).to(device), torch.full((1,), 500.0, device=device)
+    times = base.history + torch.arange(base.section, device=device)
+    jobs = {"section": partial(model.dit, new, t, text, times, memory), "φ": partial(encode, new)}
+    with torch.no_grad(), autocast(device):
+        spent = {name: 1000 * median(x) for name, x in alternate(jobs, 5, device).items()}
+    return {
+        "tokens": tokens,
+        "flops_per_section": calls * flops(base.dit, noisy, tokens) + of_encoder,
+        "ms_per_section": round(calls * spent["section"] + spent["φ"], 1),
+    }
+
+
+def score_sections(made, clips, first):
+    """{score: (n, S)} of sections uint8 (n, S, F, H, W, 3) from number `first` on; and consistency, the mean of the
+    four main scores, (n, 1)."""
+    values = {name: x[0] for name, x in score(made[None], [clip.story for clip in clips], first).items()}
+    return values | {"consistency": torch.stack([per_clip(values[name]) for name in MAIN]).mean(0)[:, None]}
+
+
+def continue_runs(runs, name, base, clips, first, sections, config, select):
+    """[Row]: the same clips continued with each run, and scored.
+
+    name: of the file that keeps this in a run's folder; select: (n, S, F, H, W, 3) -> the pictures of a Row,
+    (k, F', H, W, 3).
+    """
+
+    def measure(folder):
+        model, base, _ = open_checkpoint(Path(folder) / "model.safetensors", config, "finetune")
+        made = continue_stories(model, base, clips, first, sections, config)
+        return score_sections(made, clips, first), select(made).contiguous(), costs(model, base, clips[0], config)
+
+    asked = question(config, base.codec, clips, "steps", "shift", "guidance", "seed", first=first, sections=sections)
+    return measure_runs(runs, name, asked, describe_machine(pick_device(config.device)), measure)
