@@ -5,7 +5,6 @@ python data.py cache --videos DIR --out DIR   encode a folder of videos once (ut
 """
 
 import functools
-import hashlib
 import json
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,21 +14,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from tqdm import tqdm
 
 import dolls.dataset as dolls
 from bases import open_base
-from util.cache import VERSION, open_window, read_manifest, write_cache
+from util.cache import open_window, read_manifest, write_cache
 from util.cli import UserError, load_object, parse_flags, run_command, run_main, warn
 from util.distributed import start_processes
-from util.files import atomic_write, check_output, file_hash
-from util.folder import LONE_VIDEO, find_videos, read_clip, report_skipped, split_videos, warn_past_end, why_unusable
-from util.storyboard import prompt_at, storyboard_beside
-from util.video import READING, to_pixels
+from util.files import atomic_write, check_output
+from util.folder import LONE_VIDEO, find_videos, read_clip, report_skipped, split_videos
+from util.latents import encode_videos
+from util.storyboard import prompt_at
 from util.video_writer import VideoWriter
-from util.weights import open_safetensors
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Clips
@@ -122,9 +117,9 @@ class Clips:
     """
 
     def __init__(self, clips, full=0):
-        self.clips = clips
+        self.clips = list(clips)
         self.buckets = {}
-        for i, clip in enumerate(clips):
+        for i, clip in enumerate(self.clips):
             self.buckets.setdefault((clip.size, clip.frames >= full), []).append(i)
 
     def __len__(self):
@@ -238,71 +233,22 @@ def video_clips(folder, base, cache):
     Unusable files are counted and listed, never replaced. Raises UserError above 20 % of them.
     """
     paths = find_videos(folder)
-    clips, skipped = encode_videos(folder, paths, base, cache)
+    encoded, skipped = encode_videos(folder, paths, base, cache)
     report_skipped(skipped, len(paths), folder)
-    train, held_out = split_videos(clips)
+    train, held_out = split_videos(encoded)
     print(f"{len(train)} videos to train on, {len(held_out)} held out ({', '.join(held_out)}), {len(skipped)} skipped")
-    if len(clips) < 2:
+    if len(encoded) < 2:
         warn(LONE_VIDEO)
-    return collect(folder, clips, train, base), collect(folder, clips, held_out, base, pixels=True)
+    return collect(folder, encoded, train, base), collect(folder, encoded, held_out, base, pixels=True)
 
 
-def held_out_videos(folder, base, cache):
-    """The held-out clips of video_clips(), without encoding those to train on."""
-    names = split_videos([path.relative_to(folder).as_posix() for path in find_videos(folder)])[1]
-    clips, skipped = encode_videos(folder, [Path(folder) / name for name in names], base, cache)
-    if skipped:  # another may be held out in its place
-        return video_clips(folder, base, cache)[1]
-    print(f"{len(names)} held-out videos: {', '.join(names)}")
-    return collect(folder, clips, names, base, pixels=True)
-
-
-def collect(folder, clips, names, base, pixels=False):
-    """Clips of these names out of {name: Clip}; pixels: with their original pixels."""
+def collect(folder, encoded, names, base, pixels=False):
+    """Clips of these names out of {name: (latents, storyboard)}; pixels: with their original pixels."""
+    clips = {name: Clip(*encoded[name]) for name in names}
     for name in names if pixels else ():
         frames = read_clip(Path(folder) / name, base)
         clips[name].pixels = frames[: base.codec.frames(len(frames)) : base.codec.stride[0]]  # as codec.show() does
-    return Clips([clips[name] for name in names], base.history + base.section)
-
-
-def encode_videos(folder, paths, base, cache):
-    """({name in the folder: Clip}, [why a file cannot be used]) of some videos of a folder."""
-    clips, skipped = {}, []
-    stride = base.codec.stride[0]
-    for path in tqdm(paths, desc="encoding videos"):
-        try:
-            latents = encode_video(path, base, cache)
-            if latents.shape[1] < 2 * base.section:
-                least = 2 * base.section * stride / base.fps
-                raise UserError(f"{path} is shorter than one segment and one section, {least:g} s")
-            prompts = storyboard_beside(path)
-        except Exception as e:
-            skipped.append(why_unusable(path, e))
-            continue
-        if prompts is None:
-            warn(f"no caption beside {path} (.txt or .json): trained without a prompt")
-        board = [(round(seconds * base.fps / stride), prompt) for seconds, prompt in prompts or []]
-        if board and board[-1][0] >= latents.shape[1]:
-            warn_past_end(path, prompts[-1][0], latents.shape[1] * stride / base.fps)
-        clips[path.relative_to(folder).as_posix()] = Clip(latents, board)
-    return clips, skipped
-
-
-def encode_video(path, base, cache):
-    """Latents (C, F, h, w) float16 of a whole video, cached under its content and all settings that matter."""
-    key = repr((base.fps, base.sizes, base.codec.settings, READING, VERSION, file_hash(path)))
-    key = hashlib.sha256(key.encode()).hexdigest()
-    file = Path(cache) / "videos" / f"{key[:24]}.safetensors"
-    if not file.exists():
-        frames = read_clip(path, base)
-        latents = base.codec.encode(to_pixels(frames[: base.codec.frames(len(frames))])[None])[0]
-        with atomic_write(file, replace=True) as part:
-            save_file({"latents": latents.half().contiguous()}, part)
-    try:
-        with open_safetensors(file) as f:
-            return f.get_tensor("latents")
-    except (UserError, SafetensorError):
-        raise UserError(f"{file} is damaged: delete it, then it is made again") from None
+    return Clips(clips.values(), base.history + base.section)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -145,11 +145,16 @@ class MemoryEncoder(nn.Module):
         """One segment per row: high (B, C, F, H, W), low (B, C, F/t, H/h, W/w) -> tokens (B, M, D)."""
         raise NotImplementedError
 
+    def downsample(self, codec, high):
+        """`low`: the downsampled whole segments of a history high (B, C, F, H, W)."""
+        n = self.whole(high.shape[2])
+        return codec.downsample(high[:, :, :n], self.rate) if n else high[:, :, :0]
+
     def encode(self, high, low, start=0):
         """φ of a history -> memory: (tokens (B, M, D), positions (M, 3) or (B, M, 3)), or None if it keeps nothing.
 
         high   (B, C, F, H, W) latents
-        low    codec.downsample() of its whole segments
+        low    downsample() of it
         start  time of the first frame, in latent frames
         Whole segments are compressed; the frames of an unfinished one stay uncompressed.
         """

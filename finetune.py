@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from encoder import find_method
-from pretrain import Batch, Config, check, collate, downsample, generator, noise_level, setup, train
+from pretrain import Batch, Config, check, collate, generator, noise_level, setup, train
 from util.cli import UserError, parse_flags, run_main
 from util.weights import load_weights, read_config
 
@@ -28,10 +28,6 @@ class FinetuneConfig(Config):
     t_mean: float = None  # noise levels that the DiT trains on: sigmoid of N(t_mean, t_std) [the preset's]
     t_std: float = None  # their spread [the preset's]
     text_drop: float = 0.1  # share of samples without a prompt, for classifier-free guidance
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What to denoise
 
 
 def section_starts(base, clip, sections, waiting):
@@ -88,11 +84,7 @@ def section_batch(base, encoder, clip, first, begin, text, t, g):
     noise = torch.randn(target.shape, generator=g)
     text = base.prompts("")[None] if text is None else text
     truth = clip.truth(torch.arange(begin, end))
-    return Batch(high, downsample(base, encoder, high), target, times, noise, t, text, truth)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Start
+    return Batch(high, encoder.downsample(base.codec, high), target, times, noise, t, text, truth)
 
 
 def encoder_file(config):

@@ -28,7 +28,7 @@ from util.device import autocast
 from util.distributed import compile_blocks, start_processes
 from util.files import shipped
 from util.optim import EMA, make_optimizers, set_learning_rate
-from util.run import Run
+from util.run import Run, describe
 from util.weights import own_config, weight_files
 
 
@@ -122,12 +122,6 @@ def noise_level(config, step, row):
     return noise_levels((row / config.batch + offset) % 1, config.t_mean, config.t_std)
 
 
-def downsample(base, encoder, high):
-    """`low`: the downsampled history of the whole segments of high (B, C, F, H, W)."""
-    n = encoder.whole(high.shape[2])
-    return base.codec.downsample(high[:, :, :n], encoder.rate) if n else high[:, :, :0]
-
-
 def draw_retrieval(config, base, encoder, clips, rows, step):
     """Stage 1: choose Ω in a history of each clip; the target is H_Ω. clips: the global batch; rows: those to
     return."""
@@ -139,7 +133,7 @@ def draw_retrieval(config, base, encoder, clips, rows, step):
         first = 0 if base.codec.causal else int(torch.randint(clip.frames - history + 1, (), generator=g))
         high = clip.cut(first, first + history)  # (1, C, F, H, W)
         omega = torch.randperm(history, generator=g)[: config.queries].sort().values  # Ω
-        low, target = downsample(base, encoder, high), high[:, :, omega]
+        low, target = encoder.downsample(base.codec, high), high[:, :, omega]
         if config.mask == "noise":
             high, low = mask_history(high, low, omega, encoder.rate[0], g)
         asked = omega[torch.randint(len(omega), (), generator=g)]
@@ -183,7 +177,7 @@ def train(config, stage, model, base, processes, clips, held_out, draw, draw_hel
     ddp = processes.wrap(model, find_unused_parameters=model.encoder.may_skip_weights)
     run = Run(stage, config.out, first, config.steps, processes)
     if main:
-        describe(config, model, base, processes)
+        describe(config.batch, config.micro_batch, model, base, processes)
     step, stop, batches = first, 0, draw_ahead(config, processes, clips, draw, first)
     for step in run.bar:
         set_learning_rate(optimizers, step, config.steps, config.warmup)
@@ -244,27 +238,6 @@ def draw_ahead(config, processes, clips, draw, first):
         yield coming.result()
 
 
-def describe(config, model, base, processes):
-    """Print what is about to be trained."""
-    dit, phi = (
-        sum(p.numel() for p in module.parameters() if p.requires_grad) / 1e6 for module in (model.dit, model.encoder)
-    )
-    print(f"training {dit:.1f} M parameters of the DiT, {phi:.1f} M of the memory encoder")
-    n = processes.world_size
-    per_process = f"{config.batch / n:g} clips, at most {config.micro_batch} at once"
-    print(f"batch {config.batch} = {n} process{'es' * (n > 1)} x {per_process}")
-    height, width = (size // stride for size, stride in zip(base.sizes[0], base.codec.stride[1:]))  # of a latent
-    history = torch.zeros(1, base.dit.in_dim, base.history, height, width, device=processes.device)
-    with torch.no_grad():
-        memory = model.encoder.encode(history, downsample(base, model.encoder, history))
-    tokens = 0 if memory is None else memory[0].shape[1]
-    uncompressed = base.history * math.prod(-(-size // n) for size, n in zip((height, width), base.dit.patch[1:]))
-    print(
-        f"memory: {tokens} tokens for a history of {base.history} latents of {height}x{width} (uncompressed: "
-        f"{uncompressed}); {base.dit.dim * tokens / history.numel():.3g} channels per latent value"
-    )
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Start
 
@@ -278,8 +251,18 @@ def check(config):
     t, h, w = parse_rate(config.rate)
     config.rate = f"{h}x{w}x{t}"  # as checkpoints and tables name it
     find_method(config.method)
-    for key in ("steps", "batch", "micro_batch", "save_every", "held_out", "sample_steps", "clips", "window"):
-        if getattr(config, key) < 1:
+    for key in (
+        "steps",
+        "batch",
+        "micro_batch",
+        "save_every",
+        "held_out",
+        "sample_steps",
+        "clips",
+        "window",
+        "queries",
+    ):
+        if getattr(config, key, 1) < 1:
             raise UserError(f"--{key} {getattr(config, key)}: must be at least 1")
     if not math.isfinite(config.t_mean):
         raise UserError(f"--t_mean {config.t_mean}: give a number")
@@ -351,8 +334,6 @@ def main():
     check(config)
     if config.mask not in ("none", "noise"):
         raise UserError(f"--mask {config.mask}: choose none or noise")
-    if config.queries < 1:
-        raise UserError(f"--queries {config.queries}: must be at least 1")
     if not find_method(config.method).has_stage1:
         raise UserError(
             f"--method {config.method}: it forgets most frames, so there is nothing to retrieve; it has no stage 1, "

@@ -26,20 +26,15 @@ from util.cli import Failure, UserError, load_object, parse_flags, run_main, war
 from util.device import autocast, peak_memory, pick_device
 from util.files import check_output, shipped
 from util.folder import stream_clip, warn_past_end
-from util.sheets import save_contact_sheet
+from util.sheets import COLUMNS, SectionSheet
 from util.storyboard import parse_storyboard, prompt_at, storyboard_beside
 from util.video import has_sound, to_frames, to_pixels
 from util.video_writer import VideoWriter
 from util.weights import read_config, weight_files
 
 SOLVERS = {"euler": "model.euler"}  # a new one is a function like it and a line here
-SHEET_COLUMNS = 12  # of the contact sheet
-WAN_FLAGS = {  # Wan's own names
-    "steps": ["--sample_steps"],
-    "shift": ["--sample_shift"],
-    "guidance": ["--sample_guide_scale"],
-    "seed": ["--base_seed"],
-}
+# Wan's own names
+WAN_FLAGS = dict(steps="--sample_steps", shift="--sample_shift", guidance="--sample_guide_scale", seed="--base_seed")
 
 
 @dataclass
@@ -137,7 +132,7 @@ class History:
 def copy_history(frames, writer, config, base):
     """Write the frames of the clip, one at a time -> History."""
     most, section = sections_remembered(config, base), base.section * base.codec.stride[0]
-    held = deque(maxlen=most and max(most * section + base.codec.causal, SHEET_COLUMNS * section))
+    held = deque(maxlen=most and max(most * section + base.codec.causal, COLUMNS * section))
     n_frames = 0
     for frame in frames:
         writer.write(frame[None])
@@ -231,10 +226,6 @@ def remember(config, base, history, device):
     return model, memory, decode
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Start
-
-
 def check(config):
     """Refuse what cannot work, and fill in the preset's defaults. Raises UserError.
 
@@ -312,45 +303,16 @@ def main():
         texts = embed_prompts(config, base, prompts)
         model, memory, decode = remember(config, base, history, device)
         generated = continue_video(model, base, memory, texts, config, size)
-        sheet = ContactSheet(history, base, len(texts))
+        length = base.section * base.codec.stride[0]
+        sheet = SectionSheet(history.newest, history.frames, length, len(texts), base.fps)
         seconds, stopped = write_sections(writer, sheet, generated, decode, model, base.codec, len(texts))
     sheet.save(file.with_suffix(".png"))
-    report(sheet, seconds, peak_memory(device), file, len(texts), stopped)
-    if stopped:
-        raise stopped
-
-
-class ContactSheet:
-    """A labelled picture: the newest sections of the history above, one frame each; below, at most 48 new frames."""
-
-    def __init__(self, history, base, sections):
-        self.length, self.fps, self.n_added, self.kept = base.section * base.codec.stride[0], base.fps, 0, []
-        first = history.frames - len(history.newest)  # the middle of each section, counted from the end of the clip
-        middle = history.frames % self.length // 2
-        places = [i for i in range(len(history.newest)) if (first + i) % self.length == middle]
-        self.history = history.newest[places[-SHEET_COLUMNS:]]
-        self.every = max(1, self.length // 4, math.ceil(sections * self.length / 48))
-
-    def add(self, frames):
-        """Keep every so many of a section's frames, counted on across sections."""
-        self.kept.append(frames[-self.n_added % self.every :: self.every].clone())
-        self.n_added += len(frames)
-
-    def save(self, path):
-        rows, kept = [("history,\none frame per section", self.history)], torch.cat(self.kept)
-        for first in range(0, len(kept), SHEET_COLUMNS):
-            seconds = first * self.every / self.fps
-            rows.append((f"new, from {seconds:g} s\nafter its end", kept[first : first + SHEET_COLUMNS]))
-        save_contact_sheet(rows, path)
-
-
-def report(sheet, seconds, peak, file, sections, stopped):
-    """Print how long it took and what was written."""
-    made = len(sheet.kept)
-    print(f"{seconds / made:.2f} s per section of {sheet.length / sheet.fps:g} s; peak memory {peak:.2f} GiB")
-    if stopped:
-        print(f"stopped after {made} of {sections} sections, which are kept")
+    made, peak = len(sheet.kept), peak_memory(device)
+    print(f"{seconds / made:.2f} s per section of {length / base.fps:g} s; peak memory {peak:.2f} GiB")
     print(f"wrote {file} and {file.with_suffix('.png')}")
+    if stopped:
+        print(f"stopped after {made} of {len(texts)} sections, which are kept")
+        raise stopped
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from dolls.dataset import STORY_SECTIONS
 from dolls.scores import MAIN, score
 from encoder import Memory
 from model import sample
-from pretrain import downsample, generator
+from pretrain import generator
 from util.cli import UserError
 from util.device import autocast, pick_device
 from util.video import to_frames
@@ -82,7 +82,7 @@ def costs(model, base, clip, config):
     new = high[:, :, -base.section :]
 
     def encode(latents):
-        return encoder.encode(latents, downsample(base, encoder, latents))
+        return encoder.encode(latents, encoder.downsample(base.codec, latents))
 
     with torch.no_grad(), autocast(device), FlopCounterMode(display=False) as counter:
         memory = encode(high)

@@ -28,11 +28,12 @@ from bench.runs import (
 )
 from bench.speed import alternate
 from bench.stats import interval
-from data import held_out_videos
+from data import collect, video_clips
 from encoder import find_method
-from pretrain import downsample
 from util.cli import UserError
 from util.device import autocast, pick_device
+from util.folder import find_videos, split_videos
+from util.latents import encode_videos
 from util.sheets import save_contact_sheet
 
 # PSNR, SSIM and LPIPS in the paper's first version: Wan and Hunyuan on its own videos
@@ -96,10 +97,10 @@ def costs(model, base, size, device):
     """
     encoder = model.encoder
     high = torch.randn(1, base.dit.in_dim, base.history, *size, device=device)
-    low = downsample(base, encoder, high)
+    low = encoder.downsample(base.codec, high)
 
     def encode():
-        return encoder.encode(high, downsample(base, encoder, high) if encoder.reads_low else low)
+        return encoder.encode(high, encoder.downsample(base.codec, high) if encoder.reads_low else low)
 
     with torch.no_grad(), autocast(device):
         tokens = encode()[0].shape[1]
@@ -245,6 +246,16 @@ def open_clips(config, base, encoder):
     if config.queries > shortest:
         raise UserError(f"--queries {config.queries}: the shortest held-out clip has {shortest} latents to choose from")
     return clips
+
+
+def held_out_videos(folder, base, cache):
+    """The held-out clips of video_clips(), without encoding those to train on."""
+    names = split_videos([path.relative_to(folder).as_posix() for path in find_videos(folder)])[1]
+    encoded, skipped = encode_videos(folder, [Path(folder) / name for name in names], base, cache)
+    if skipped:  # another may be held out in its place
+        return video_clips(folder, base, cache)[1]
+    print(f"{len(names)} held-out videos: {', '.join(names)}")
+    return collect(folder, encoded, names, base, pixels=True)
 
 
 def table1(argv):

@@ -11,7 +11,6 @@ from dolls import scores
 from encoder import load_model
 from eval import psnr
 from model import sample
-from pretrain import downsample
 from tests.common import ROOT, randn
 from util.video import to_frames
 from util.weights import read_config
@@ -21,7 +20,7 @@ pytestmark = pytest.mark.skipif(not SHIPPED.is_file(), reason="needs checkpoints
 
 
 def encode_memory(base, model, high):
-    return model.encoder.encode(high, downsample(base, model.encoder, high))
+    return model.encoder.encode(high, model.encoder.downsample(base.codec, high))
 
 
 @torch.no_grad()

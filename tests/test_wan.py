@@ -157,5 +157,5 @@ def test_a_history_is_whole_segments(frames, latents, tokens, monkeypatch):
     with torch.device("meta"):
         encoder = MemoryDiT(base, rate="4x4x2").encoder
         high = torch.zeros(1, 16, latents, 480 // 8, 832 // 8)
-        memory = encoder.encode(high, pretrain.downsample(base, encoder, high))
+        memory = encoder.encode(high, encoder.downsample(base.codec, high))
     assert memory[0].shape == (1, tokens, base.dit.dim)

@@ -63,7 +63,7 @@ def make_parser(cls, description, aliases):
     for f in fields(cls):
         default = f" [{f.default}]" if f.default not in (None, "") else ""
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.type.__name__)
-        names = [f"--{f.name}", *aliases.get(f.name, ())]
+        names = [f"--{f.name}", *([aliases[f.name]] if f.name in aliases else [])]
         parser.add_argument(*names, dest=f.name, default=f.default, help=comments.get(f.name, "") + default, **kind)
     return parser
 
@@ -71,7 +71,7 @@ def make_parser(cls, description, aliases):
 def parse_flags(cls, description, argv=None, aliases=None):
     """Read the command line into an instance of the dataclass `cls`: one flag per field, with its default and comment.
 
-    aliases: {field: [other names of its flag]}. Raises UserError for an unknown flag, naming the nearest that exists.
+    aliases: {field: another name of its flag}. Raises UserError for an unknown flag, naming the nearest that exists.
     """
     parser = make_parser(cls, description, aliases or {})
     known, unknown = parser.parse_known_args(sys.argv[1:] if argv is None else argv)

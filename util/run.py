@@ -1,11 +1,13 @@
 """The bookkeeping of a training run: progress bar, log, signals, skipped steps."""
 
 import json
+import math
 import signal
 import sys
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from util.checkpoint import start_log
@@ -13,6 +15,26 @@ from util.cli import Failure, warn
 from util.files import lock_folder
 
 MOST_SKIPPED = 10  # steps in a row whose gradient is not finite, then the run is given up
+
+
+def describe(batch, micro_batch, model, base, processes):
+    """Print what is about to be trained."""
+    dit, phi = (
+        sum(p.numel() for p in module.parameters() if p.requires_grad) / 1e6 for module in (model.dit, model.encoder)
+    )
+    print(f"training {dit:.1f} M parameters of the DiT, {phi:.1f} M of the memory encoder")
+    n = processes.world_size
+    print(f"batch {batch} = {n} process{'es' * (n > 1)} x {batch / n:g} clips, at most {micro_batch} at once")
+    height, width = (size // stride for size, stride in zip(base.sizes[0], base.codec.stride[1:]))  # of a latent
+    history = torch.zeros(1, base.dit.in_dim, base.history, height, width, device=processes.device)
+    with torch.no_grad():
+        memory = model.encoder.encode(history, model.encoder.downsample(base.codec, history))
+    tokens = 0 if memory is None else memory[0].shape[1]
+    uncompressed = base.history * math.prod(-(-size // n) for size, n in zip((height, width), base.dit.patch[1:]))
+    print(
+        f"memory: {tokens} tokens for a history of {base.history} latents of {height}x{width} (uncompressed: "
+        f"{uncompressed}); {base.dit.dim * tokens / history.numel():.3g} channels per latent value"
+    )
 
 
 class Run:

@@ -9,6 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from util.files import atomic_write
 
+COLUMNS = 12  # of a SectionSheet
+
 
 def contact_sheet(rows, columns=None, scale=None):
     """A picture of rows of frames on white, each with its label at the left: uint8 array (H, W, 3).
@@ -54,3 +56,28 @@ def save_contact_sheet(rows, path, columns=None, scale=None):
     sheet = contact_sheet(rows, columns, scale)
     with atomic_write(path) as temporary:
         iio.imwrite(temporary, sheet, extension=".png")
+
+
+class SectionSheet:
+    """A labelled picture: the newest sections of the history above, one frame each; below, at most 48 new ones."""
+
+    def __init__(self, newest, n_frames, length, sections, fps):
+        """newest (F, H, W, 3): the last of the history's n_frames frames; length: frames per section; sections: how
+        many will be added."""
+        self.length, self.fps, self.n_added, self.kept = length, fps, 0, []
+        first, middle = n_frames - len(newest), n_frames % length // 2
+        places = [i for i in range(len(newest)) if (first + i) % length == middle]
+        self.history = newest[places[-COLUMNS:]]
+        self.every = max(1, self.length // 4, math.ceil(sections * self.length / 48))
+
+    def add(self, frames):
+        """Keep every so many of a section's frames, counted on across sections."""
+        self.kept.append(frames[-self.n_added % self.every :: self.every].clone())
+        self.n_added += len(frames)
+
+    def save(self, path):
+        rows, kept = [("history,\none frame per section", self.history)], torch.cat(self.kept)
+        for first in range(0, len(kept), COLUMNS):
+            seconds = first * self.every / self.fps
+            rows.append((f"new, from {seconds:g} s\nafter its end", kept[first : first + COLUMNS]))
+        save_contact_sheet(rows, path)
