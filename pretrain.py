@@ -251,27 +251,17 @@ def check(config):
     t, h, w = parse_rate(config.rate)
     config.rate = f"{h}x{w}x{t}"  # as checkpoints and tables name it
     find_method(config.method)
-    for key in (
-        "steps",
-        "batch",
-        "micro_batch",
-        "save_every",
-        "held_out",
-        "sample_steps",
-        "clips",
-        "window",
-        "queries",
-    ):
+    for key in "steps batch micro_batch save_every held_out sample_steps clips window queries".split():
         if getattr(config, key, 1) < 1:
             raise UserError(f"--{key} {getattr(config, key)}: must be at least 1")
-    if not math.isfinite(config.t_mean):
-        raise UserError(f"--t_mean {config.t_mean}: give a number")
     for key in ("lr", "encoder_lr", "clip_grad", "t_std", "sample_shift"):
         if not 0 < getattr(config, key) < math.inf:
             raise UserError(f"--{key} {getattr(config, key)}: must be above 0")
     for key, most in dict(lora=math.inf, warmup=math.inf, text_drop=1, ema=1).items():
         if not 0 <= getattr(config, key) <= most:
             raise UserError(f"--{key} {getattr(config, key)}: must be at least 0" + " and at most 1" * (most == 1))
+    if not math.isfinite(config.t_mean):
+        raise UserError(f"--t_mean {config.t_mean}: give a number")
     if config.optimizer not in ("muon", "adamw"):
         raise UserError(f"--optimizer {config.optimizer}: choose muon or adamw")
     if config.window != Config.window and config.method != "sliding-window":

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from util.cli import UserError, parse_flags
-from util.files import atomic_write
+from util.files import atomic_write, check_outputs
 
 RESAMPLES = 1000  # bootstrap resamples of the votes, for the intervals
 PRIOR = 0.5  # wins, and as many losses, against an average opponent, where a rating would be infinite
@@ -20,7 +20,7 @@ PRIOR = 0.5  # wins, and as many losses, against an average opponent, where a ra
 @dataclass
 class EloConfig:
     votes: str = ""  # CSV with the columns a, b, winner: a name or tie; the flag's name may be left out
-    out: str = "assets/elo.md"  # the table; the same as .csv beside it
+    out: str = "out/elo.md"  # the table; the same as .csv beside it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -183,11 +183,9 @@ def elo(argv):
     out = Path(config.out)
     if not config.votes:
         raise UserError("the file of votes is missing: python eval.py elo votes.csv")
-    if out.suffix != ".md" or out.with_suffix(".csv").resolve() == Path(config.votes).resolve():
-        raise UserError(
-            f"--out {out}: give a name that ends in .md; the same name in .csv is written too, so it must "
-            "not be the votes"
-        )
+    if out.suffix != ".md":
+        raise UserError(f"--out {out}: give a name that ends in .md; the same name in .csv is written too")
+    check_outputs(out.with_suffix(""), (".md", ".csv"), [config.votes])
     names, votes = read_votes(config.votes)
     ratings, (low, high), remarks = compute_ratings(names, votes, config.votes)
     played = np.bincount(votes[:, :2].ravel())

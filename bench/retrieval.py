@@ -22,6 +22,7 @@ from model import sample
 from pretrain import PretrainConfig, collate, draw_retrieval, generator
 from util.cli import UserError
 from util.device import autocast, pick_device
+from util.files import check_output
 from util.folder import read_clip
 from util.video import to_frames, to_pixels
 
@@ -150,9 +151,13 @@ def clean_retrieval(config, base, encoder, clips):
 def retrieval(argv):
     """Retrieve frames of the history from memory: PSNR, SSIM and a picture."""
     config = parse(RetrievalConfig, retrieval, argv)
+    check_output(config.out, [config.history, config.checkpoint])
     lpips = open_lpips(config)
     model, base, trained = open_checkpoint(config.checkpoint, config, "pretrain")
     clips = own_clip(config, base) if config.history else stories(config, base)
+    frames = min(model.encoder.whole(min(clip.frames, base.history)) for clip in clips)
+    if config.queries > frames:
+        raise UserError(f"--queries {config.queries}: a history has {frames} frames to choose from; give fewer")
     draw = clean_retrieval(config, base, model.encoder, clips)
     made = reconstruct(model, base, draw, len(clips), config)
     report(made, trained, config, "no prompts", lpips)
@@ -161,6 +166,7 @@ def retrieval(argv):
 def continuation(argv):
     """Write the section after a full history of held-out stories: PSNR and SSIM against the true one; a picture."""
     config = parse(ContinuationConfig, continuation, argv)
+    check_output(config.out, [config.checkpoint])
     lpips = open_lpips(config)
     model, base, trained = open_checkpoint(config.checkpoint, config, "finetune")
     clips = stories(config, base)

@@ -256,8 +256,8 @@ def recall(folder, trained, name, asked):
     if not file.exists():
         return None, key
     with open_safetensors(file) as f:
-        fields = "asked", "costs", "curve", "machine", "pictures"
-        known = parse_json((f.metadata() or {}).get("measured"), file, "delete it, then it is made again", *fields)
+        fields = dict(asked=dict, costs=dict, curve=list, machine=str, pictures=list)
+        known = parse_json((f.metadata() or {}).get("measured"), file, "delete it, then it is made again", **fields)
     known.setdefault("version", 0)  # files from before versions were counted
     if all(known.get(part) == value for part, value in key.items()):
         if known["version"] != MEASUREMENT_VERSION:
@@ -281,7 +281,7 @@ def keep(row, name, key):
     measured["pictures"] = row.pictures.shape[:2]
     metadata = {"config": json.dumps(row.trained), "measured": json.dumps(measured)}
     try:
-        with atomic_write(Path(row.folder) / f"{name}.safetensors") as part:
+        with atomic_write(Path(row.folder) / f"{name}.safetensors", replace=True) as part:
             save_file(row.values | {"pictures": pack(row.pictures)}, part, metadata)
     except (OSError, UserError) as e:  # someone else's run, for example
         warn(f"{e}: this measurement is not kept")

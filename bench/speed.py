@@ -25,6 +25,7 @@ from model import DiT, add_noise
 from util.cli import UserError, parse_flags
 from util.device import autocast, compute_dtype, peak_memory, pick_device
 from util.distributed import compile_blocks
+from util.files import check_outputs
 
 GROWTH = (2, 4, 8, 16, 20, 40, 80)  # seconds of history
 PATIENCE = 60  # seconds; what would take longer is skipped
@@ -367,6 +368,7 @@ def check_flags(config, base, device):
         raise UserError(f"--repeats {config.repeats} --batch {config.batch}: must be at least 1")
     if Path(config.out).suffix != ".png":
         raise UserError(f"--out {config.out}: give a name that ends in .png")
+    check_outputs(Path(config.out).with_suffix(""), (".png", ".csv"))
     if device.type != "cuda" and flops(base.dit, base.section * frame_tokens(base, base.sizes[0])) > 1e13:
         raise UserError(f"--preset {config.preset} is too large to time on {device}, it needs CUDA; give --preset nano")
 
@@ -394,7 +396,6 @@ def speed(argv):
             records = measure_growth(config, base, model.dit, rate)
         measure_training(config, base, model, rate)
     except torch.OutOfMemoryError:
-        raise UserError(
-            f"--preset {config.preset} --batch {config.batch} does not fit the memory of {device}: give a smaller one"
-        ) from None
+        given = f"--preset {config.preset} --batch {config.batch}"
+        raise UserError(f"{given} does not fit the memory of {device}: give a smaller one") from None
     write_growth(config, records, f"{title}: {base.steps} steps, guidance")

@@ -17,6 +17,7 @@ from bench.stats import wilson
 from data import Clip, Clips
 from dolls.drawing import render
 from dolls.stories import FRAMINGS, make_shot, make_story, world_seed
+from util.files import check_outputs
 from util.sheets import save_contact_sheet
 from util.video import to_pixels
 
@@ -120,6 +121,7 @@ def story(argv):
     position error tells whether it is drawn at all.)"""
     folders, config = parse_runs(StoryConfig, story, argv)
     runs = lowest_seeds(read_runs(folders, "story", "finetune", "story"))
+    check_outputs(Path(config.out) / "table2_story", (".csv", ".png", "_strip.png"))
     base, first = story_base(runs)
     clips, middle = absence_clips(config.clips, base, first), base.section // 2
 

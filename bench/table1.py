@@ -32,6 +32,7 @@ from data import collect, video_clips
 from encoder import find_method
 from util.cli import UserError
 from util.device import autocast, pick_device
+from util.files import check_outputs
 from util.folder import find_videos, split_videos
 from util.latents import encode_videos
 from util.sheets import save_contact_sheet
@@ -263,6 +264,7 @@ def table1(argv):
     folders, config = parse_runs(Table1Config, table1, argv)
     stem = Path(config.out) / ("table1" if config.data == "world" else "table1_video")
     runs, lpips = read_runs(folders, "table1", "pretrain", stem.name), open_lpips(config)
+    check_outputs(stem, (".md", ".csv", ".png", "_seeds.csv", "_curves.png", "_age.png"))
     if (Path(config.data) / "manifest.json").is_file():
         raise UserError(f"--data {config.data} is a cache of latents: give the folder of the videos themselves")
     device = pick_device(config.device)

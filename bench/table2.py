@@ -20,6 +20,7 @@ from bench.runs import first_seeds, parse_runs, read_runs, stories
 from bench.stats import interval, rank_correlation
 from dolls.scores import MAIN
 from util.cli import UserError
+from util.files import check_outputs
 from util.sheets import contact_sheet, save_contact_sheet
 from util.video import to_frames
 from util.video_writer import VideoWriter
@@ -278,6 +279,8 @@ def table2(argv):
     """RUN...: continue the same stories with finished runs of finetune.py; scores, paired differences, pictures."""
     folders, config = parse_runs(Table2Config, table2, argv)
     runs, retrieved = read_runs(folders, "table2", "finetune", "table2"), read_table1(Path(config.out) / "table1.csv")
+    check_outputs(Path(config.out) / "table2", (".md", ".csv", ".png", ".mp4"))
+    check_outputs(Path(config.out) / "table2", ("_seeds.csv", "_curves.png", "_sections.png", "_claim.png"))
     base, first = story_base(runs, config.sections)
     clips = stories(config, base)
 

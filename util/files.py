@@ -76,6 +76,12 @@ def check_output(path, inputs=()):
     _make_part_folder(path).rmdir()
 
 
+def check_outputs(stem, endings, inputs=()):
+    """check_output() of the files STEM + ending."""
+    for ending in endings:
+        check_output(f"{stem}{ending}", inputs)
+
+
 def refuse_foreign(path):
     """Raise UserError if a file is there that this program did not write, or that was changed since."""
     if path.is_file() and _read_record(path.parent).get(path.name) != _fingerprint(path):
