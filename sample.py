@@ -233,8 +233,6 @@ def check(config):
     """
     if not config.history:
         raise UserError("--history is missing: give the clip to continue, for example --history assets/clip.mp4")
-    if has_sound(config.history):
-        warn(f"the sound of {config.history} is not copied")
     if not 0 < config.seconds <= 86400:  # the prompt of each section is looked up first
         raise UserError(f"--seconds {config.seconds}: give a number above 0, at most 86400 (a day)")
     random = config.init == "random"
@@ -295,6 +293,8 @@ def main():
     base, trained = check(config)
     device, file = pick_device(config.device), output_file(config)
     size, frames = stream_clip(config.history, base)
+    if has_sound(config.history):
+        warn(f"the sound of {config.history} is not copied")
     with VideoWriter(file, base.fps, *size) as writer:
         history = copy_history(frames, writer, config, base)
         storyboard, prompts = section_prompts(config, base, history.frames / base.fps)

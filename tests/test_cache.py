@@ -286,7 +286,13 @@ def test_a_cache_of_other_settings_is_refused():
     (OUT / "manifest.json").write_text(json.dumps(dict(settings=whole["settings"], files={})))
     with pytest.raises(UserError, match="with version 1, not 2: .* or run data.py cache again"):
         cached_clips()
-    (OUT / "shard-00000.json").write_text(json.dumps(dict(key="a", files={}, skipped=[])))
+    with pytest.raises(UserError, match="is damaged: it is not a cache's manifest"):
+        make_cache()
+    (OUT / "manifest.json").unlink()
+    (OUT / "shard-00000.json").touch()
+    with pytest.raises(UserError, match="holds shard-00000.json, which is not a cache's"):
+        make_cache()
+    (OUT / "shard-00000.json").unlink()
     make_cache()
     assert len(cached_clips()) == 2
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import data
+from bench.table1 import held_out_videos
 from data import Clip, Clips, story_clips
 from eval import psnr
 from tests.common import tiny_base, write_video
+from util import latents
 from util.cli import UserError, warn
 from util.video import to_frames
 
@@ -143,15 +145,15 @@ def test_videos_are_encoded_once(folder, monkeypatch):
     monkeypatch.setattr(base.codec, "encode", None)  # from here on nothing may be encoded
     again, _ = data.video_clips(folder, base, Path("cache"))
     assert all(torch.equal(a.latents, b.latents) for a, b in zip(train.clips, again.clips))
-    alone = data.held_out_videos(folder, base, Path("cache"))
+    alone = held_out_videos(folder, base, Path("cache"))
     assert torch.equal(alone[0].latents, held_out[0].latents) and torch.equal(alone[0].pixels, held_out[0].pixels)
 
 
 @pytest.mark.parametrize("version", ["READING", "VERSION"])
 def test_videos_are_encoded_again_by_another_version(folder, version, monkeypatch):
-    data.encode_video(folder / "3.mp4", tiny_base(), Path("cache"))
-    monkeypatch.setattr(data, version, 99)
-    data.encode_video(folder / "3.mp4", tiny_base(), Path("cache"))
+    latents.encode_video(folder / "3.mp4", tiny_base(), Path("cache"))
+    monkeypatch.setattr(latents, version, 99)
+    latents.encode_video(folder / "3.mp4", tiny_base(), Path("cache"))
     assert len(list(Path("cache/videos").iterdir())) == 2
 
 

@@ -169,7 +169,7 @@ BIAS = "dit.head.head.bias"
         (lambda s: s["model"].update(spare=torch.ones(2)), "spare"),
         (lambda s: s["model"].update({BIAS: torch.ones(1).expand(2**40)}), BIAS),
         (lambda s: s["model"][BIAS].fill_(math.nan), BIAS),
-        (lambda s: s.pop("ema"), "cannot be read"),
+        (lambda s: s.pop("ema"), "its ema is missing or no list"),
         (lambda s: s.update(bomb=Bomb()), "cannot be read"),
         ("truncated", "cannot be read"),
         ("empty", "cannot be read"),

@@ -114,9 +114,12 @@ def test_the_model_waits_elsewhere_while_a_large_codec_works(monkeypatch):
     """What is moved where, and when; the GPU is only a name here."""
     moved, gpu, cpu = [], SimpleNamespace(type="cuda"), SimpleNamespace(type="cpu")
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: moved.append("room"))
-    model = SimpleNamespace(to=lambda where: moved.append(getattr(where, "type", where)))
     for large, device in (True, gpu), (False, gpu), (True, cpu):
-        with sample.make_room(model, SimpleNamespace(large=large), device):
+        model = SimpleNamespace(
+            to=lambda where: moved.append(getattr(where, "type", where)),
+            parameters=lambda device=device: iter([SimpleNamespace(device=device)]),
+        )
+        with sample.make_room(model, SimpleNamespace(large=large)):
             moved.append("decode")
     assert moved == ["cpu", "room", "decode", "cuda", "decode", "cuda", "decode", "cpu"]
 
@@ -126,7 +129,7 @@ def test_sample_writes_nothing_that_is_not_finite(capsys):
     checkpoint = write_checkpoint(change=lambda state: state["dit.head.head.weight"].fill_(3e38))
     with pytest.raises(SystemExit) as stop:
         run(sample.main, "--history", "good.mp4", "--checkpoint", checkpoint, "--save_file", "made/a.mp4")
-    assert stop.value.code == 2 and f"error: {checkpoint} makes numbers that are not finite" in capsys.readouterr().err
+    assert stop.value.code == 1 and f"error: {checkpoint} makes numbers that are not finite" in capsys.readouterr().err
     assert not [p for p in Path("made").rglob("*") if p.is_file()]
 
 

@@ -1,6 +1,5 @@
 """Sampling: a clip goes in, the clip and what follows it come out."""
 
-import dataclasses
 import math
 import re
 from pathlib import Path
@@ -56,14 +55,16 @@ def test_other_methods_go_through_stage_2_and_sampling(method, given, count, cac
 # Section after section
 
 
-def continued(storyboard=(), sections=3, base=None, most=None, **settings):
+def continued(prompt="", sections=3, base=None, most=None, **settings):
     """Latents of `sections` new sections after a random history, and the memory."""
     base = base or tiny_base()
     model = randomize(MemoryDiT(base))
     memory = Memory(model, base.codec, most)
     memory.append(randn(1, 16, 10, 8, 8))
-    config = sample.SampleConfig(**{"steps": 2, "guidance": 1.5, "shift": 3.0, **settings})
-    texts = sample.embed_prompts(config, base, list(storyboard), sections)
+    settings = {"steps": 2, "guidance": 1.5, "shift": 3.0, "prompt": prompt, "seconds": 2.0 * sections, **settings}
+    config = sample.SampleConfig(**settings)
+    _, prompts = sample.section_prompts(config, base, clip_seconds=5)
+    texts = sample.embed_prompts(config, base, prompts)
     made = sample.continue_video(model, base, memory, texts, config, (32, 32))
     return torch.cat([latents for latents, _ in made], 2), memory
 
@@ -78,9 +79,9 @@ def test_sampling_gives_each_section_its_prompt():
     base, said = tiny_base(), []
     embed = base.prompts
     base.prompts = lambda text: said.append(text) or embed(text)
-    a, _ = continued([(0, "a cat"), (3.5, "a dog")], base=base)
+    a, _ = continued("0s: a cat / 3.5s: a dog", base=base)
     assert sorted(said) == ["a cat", "a dog"]  # once each; sections begin at 0, 2 and 4 s
-    b, _ = continued([(0, "a cat")])
+    b, _ = continued("a cat")
     assert torch.equal(a[:, :, :8], b[:, :, :8]) and (a - b)[:, :, 8:].abs().max() > 1e-3
 
 
@@ -121,16 +122,21 @@ def test_the_readmes_lines_of_python_write_a_section(monkeypatch):
 
 
 def test_sample_takes_the_storyboard_beside_the_clip(capsys):
-    config = sample.SampleConfig(history="clip.mp4")
-    assert sample.storyboard_of(config, 10, 6) == []
+    base = tiny_base()  # sections of 2 s
+
+    def prompts(clip_seconds, **given):
+        config = sample.SampleConfig(history="clip.mp4", **{"seconds": 6.0} | given)
+        return sample.section_prompts(config, base, clip_seconds)
+
+    assert prompts(10) == ([], ["", "", ""])
     Path("clip.txt").write_text("0s: a cat\n10s: a dog\n13s: a cow")
-    assert sample.storyboard_of(config, 10, 6) == [(-10, "a cat"), (0, "a dog"), (3, "a cow")]
-    two = dataclasses.replace(config, prompt="0s: a bee / 5s: a bear")
-    assert sample.storyboard_of(two, 10, 6) == [(0, "a bee"), (5, "a bear")]
+    assert prompts(10) == ([(-10, "a cat"), (0, "a dog"), (3, "a cow")], ["a dog", "a dog", "a cow"])
+    two = "0s: a bee / 5s: a bear"
+    assert prompts(10, prompt=two) == ([(0, "a bee"), (5, "a bear")], ["a bee"] * 3)
     assert not capsys.readouterr().err
-    sample.storyboard_of(two, 10, 4)
+    prompts(10, prompt=two, seconds=4.0)
     assert "--prompt: its storyboard goes on to 5 s, but the video ends at 4 s" in capsys.readouterr().err
-    sample.storyboard_of(config, 14, 6)
+    prompts(14)
     assert "ends before the clip does" in capsys.readouterr().err
 
 

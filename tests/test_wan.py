@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -148,12 +150,13 @@ def test_training_is_on_whole_segments_at_the_bases_noise_levels():
 @pytest.mark.parametrize(
     "frames, latents, tokens", [(5, 2, 1664), (33, 9, 520), (320, 73, 3848), (321, 81, 4264), (330, 81, 4264)]
 )
-def test_a_history_is_whole_segments(frames, latents, tokens, monkeypatch):
+def test_a_history_is_whole_segments(frames, latents, tokens):
     """20 s at 16 fps are 320 frames, 80 latents: seven of them would wait uncompressed."""
-    monkeypatch.setattr(sample, "read_clip", lambda path, base: torch.arange(frames)[:, None, None, None])
-    base = open_base("wan-1.3b")
-    history, kept = sample.read_history(sample.SampleConfig(), base)
-    assert len(history) == frames and kept.flatten()[-1] == frames - 1 and len(kept) == 4 * latents - 3
+    base, written = open_base("wan-1.3b"), []
+    stream = (np.full((1, 1, 1), i) for i in range(frames))
+    history = sample.copy_history(stream, SimpleNamespace(write=written.append), sample.SampleConfig(), base)
+    kept = history.remembered
+    assert len(written) == history.frames == frames and kept[-1].item() == frames - 1 and len(kept) == 4 * latents - 3
     with torch.device("meta"):
         encoder = MemoryDiT(base, rate="4x4x2").encoder
         high = torch.zeros(1, 16, latents, 480 // 8, 832 // 8)

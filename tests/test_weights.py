@@ -158,7 +158,7 @@ def test_weights_in_shards(tmp_path):
 @pytest.mark.parametrize("names", [[], {}, {"a": 1}])
 def test_an_index_names_files(tmp_path, names):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    with pytest.raises(UserError, match="index.json names no files"):
+    with pytest.raises(UserError, match="index.json (names no files|is damaged)"):
         weight_files(tmp_path)
 
 
