@@ -12,10 +12,14 @@ from safetensors.torch import save_file
 
 import eval as evaluation
 from bench.lpips import LPIPS
-from bench.retrieval import measure
-from tests.common import randn, randomize, run, write_checkpoint, write_video
+from bench.retrieval import RetrievalConfig, clean_retrieval, measure, reconstruct
+from data import story_clips
+from encoder import MemoryDiT
+from model import sample
+from tests.common import randn, randomize, run, tiny_base, write_checkpoint, write_video
 from util.cli import UserError
-from util.video import to_pixels
+from util.device import autocast
+from util.video import to_frames, to_pixels
 
 
 class Bomb:
@@ -233,6 +237,22 @@ def test_retrieval_of_your_own_clip(stage1, capsys):
     assert Path("out/retrieval.png").is_file() and "n/a" not in printed
     rows = [line.split()[0] for line in printed.splitlines()[2:-1]]
     assert rows == ["codec", "one_step", "model", "no_memory"]  # there is no other clip, and no wrong memory
+
+
+@torch.no_grad()
+def test_controls_have_the_memory_of_the_next_clip_and_none(cache):
+    base, config = tiny_base(), RetrievalConfig(steps=1, batch=2, device="cpu")
+    model, clips = randomize(MemoryDiT(base)), story_clips("held-out", 2, base, cache, keep_pixels=True)
+    draw = clean_retrieval(config, base, model.encoder, clips)
+    made, batch = reconstruct(model, base, draw, 2, config), draw([0, 1])
+    with autocast(torch.device("cpu")):
+        tokens, positions = model.encoder.encode(batch.high, batch.low)
+        memories = {"model": (tokens, positions), "wrong_memory": (tokens.flip(0), positions), "no_memory": None}
+        for name, memory in memories.items():
+            x = sample(model.dit, batch.noise, batch.text, batch.times, memory, 1).float()
+            assert torch.equal(made[name], to_frames(base.codec.decode(x))), name
+    assert not torch.equal(made["model"], made["wrong_memory"])
+    assert not torch.equal(made["model"], made["no_memory"])
 
 
 def test_continuation_of_stories(cache, capsys):
