@@ -120,6 +120,7 @@ class MemoryEncoder(nn.Module):
     has_stage1 = True  # it keeps every frame, so frames can be retrieved
     has_rate = True  # the rate decides how many tokens it has
     may_skip_weights = True  # a batch without uncompressed frames does not use patch_embedding
+    has_window = False  # --window says how many frames it keeps
     reads_low = False  # forward() reads `low`
 
     def __init__(self, base, rate, window=1):

@@ -264,8 +264,8 @@ def check(config):
         raise UserError(f"--t_mean {config.t_mean}: give a number")
     if config.optimizer not in ("muon", "adamw"):
         raise UserError(f"--optimizer {config.optimizer}: choose muon or adamw")
-    if config.window != Config.window and config.method != "sliding-window":
-        raise UserError(f"--window {config.window}: it is for --method sliding-window alone, drop it")
+    if config.window != Config.window and not find_method(config.method).has_window:
+        raise UserError(f"--window {config.window}: --method {config.method} has no window, drop it")
     check_init(config)
 
 

@@ -101,6 +101,7 @@ class SlidingWindow(MemoryEncoder):
     """The newest `window` frames, uncompressed."""
 
     has_stage1 = has_rate = may_skip_weights = False
+    has_window = True
 
     def whole(self, n_frames, start=0):
         return 0
@@ -112,6 +113,8 @@ class SlidingWindow(MemoryEncoder):
 class Keyframes(SlidingWindow):
     """The first and the newest frame, uncompressed: the paper's two-picture baseline, as far as one model can be it."""
 
+    has_window = False
+
     def choose(self, n_frames, most=None):
         frames = torch.arange(n_frames)
         return frames[[0, -1]] if n_frames > 1 else frames
@@ -119,6 +122,8 @@ class Keyframes(SlidingWindow):
 
 class NoMemory(SlidingWindow):
     """Nothing. It has no weights."""
+
+    has_window = False
 
     def __init__(self, base, rate, window=1):
         with torch.device("meta"):

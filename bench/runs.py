@@ -104,7 +104,7 @@ def label(config):
         kind = "frozen" if frozen else "without-pretrain"
         name = kind if name == "proposed" else f"{name}-{kind}"
     rate = config["rate"] if method.has_rate else ""
-    return name, str(config.get("window")) if config["method"] == "sliding-window" else rate
+    return name, str(config.get("window")) if find_method(config["method"]).has_window else rate
 
 
 def read_run(folder, command, stage, kept):

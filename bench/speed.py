@@ -396,6 +396,5 @@ def speed(argv):
             records = measure_growth(config, base, model.dit, rate)
         measure_training(config, base, model, rate)
     except torch.OutOfMemoryError:
-        given = f"--preset {config.preset} --batch {config.batch}"
-        raise UserError(f"{given} does not fit the memory of {device}: give a smaller one") from None
+        raise UserError(f"--preset {config.preset} --batch {config.batch} does not fit {device}: give less") from None
     write_growth(config, records, f"{title}: {base.steps} steps, guidance")

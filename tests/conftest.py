@@ -1,5 +1,6 @@
 """Fixtures that tests share. Data is tiny, seeded and made here."""
 
+import importlib
 import os
 import signal
 
@@ -10,6 +11,10 @@ import finetune
 import pretrain
 from data import story_clips
 from tests.common import flags, run, tiny_base
+from util.cli import warn
+
+if os.environ.get("OPTIONAL") == "required":  # then a package that is missing is an error, no reason to skip
+    pytest.importorskip = importlib.import_module
 
 torch.set_num_threads(1)  # everything here is so small that threads only wait for each other
 # oneDNN and ideep keep what they compile for each new shape, 1,024 kernels each: tests of memory would measure that
@@ -20,6 +25,7 @@ os.environ |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "3
 def nothing_left_behind(tmp_path, monkeypatch):
     """Files go to tmp_path; training takes over the signals of the process, so they are restored."""
     monkeypatch.chdir(tmp_path)
+    warn.cache_clear()  # a warning is said once per process
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield
     for s, handler in handlers.items():

@@ -180,6 +180,7 @@ def test_the_most_that_sampling_needs_in_a_block(preset, lora, monkeypatch):
     assert live.most < denoising["inside one block"] < 1.2 * live.most
 
 
+@pytest.mark.optional
 def test_memory_of_wans_vae():
     """Against all that lives while the real architecture decodes, without a number computed."""
     diffusers = pytest.importorskip("diffusers")

@@ -42,7 +42,7 @@ def test_sample_refuses_bad_histories(refused):
     for name in write_bad_videos():
         assert name in refused(sample.main, "--checkpoint", checkpoint, "--history", name)
     assert "--history" in refused(sample.main, "--checkpoint", checkpoint)
-    for file, says in ("./good.mp4", "--save_file"), ("a.avi", "a.avi"):
+    for file, says in ("./good.mp4", "is an input"), ("a.avi", "a.avi"):
         given = "--checkpoint", checkpoint, "--history", "good.mp4", "--save_file", file
         assert says in refused(sample.main, *given)
 

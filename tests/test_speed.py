@@ -74,6 +74,7 @@ def float32(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
 
 
+@pytest.mark.optional
 @pytest.mark.parametrize("recompute", [False, True])
 def test_diffusers_dit_shares_the_weights_and_computes_the_same(recompute):
     pytest.importorskip("diffusers")
@@ -90,6 +91,7 @@ def test_diffusers_dit_shares_the_weights_and_computes_the_same(recompute):
     assert all(p.grad is None for p in theirs.parameters())
 
 
+@pytest.mark.optional
 def test_diffusers_dit_has_one_dtype_beside_a_frozen_dit(monkeypatch):
     pytest.importorskip("diffusers")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
