@@ -137,17 +137,17 @@ def validate(config, base, model, draw, clips, step, processes):
             pictures = pictures or made
     totals, counts = processes.sum_dicts([totals, counts])
     if processes.rank == 0 and pictures:
-        save_preview(Path(config.out) / f"preview_{step + 1:06d}.png", *pictures)
+        save_preview(Path(config.out) / f"preview_{step + 1:06d}.png", *pictures, replace=True)
     return {name: round(totals[name] / counts[name], 4) for name in totals}
 
 
-def save_preview(path, truth, result, n_clips=4):
+def save_preview(path, truth, result, n_clips=4, replace=False):
     """Write a PNG of the first clips with three rows each: original frames, what the model made, their difference."""
     rows = []
     for a, b in zip(truth[:n_clips], result[:n_clips]):
         difference = (a.int() - b.int()).abs().clamp(max=255).to(torch.uint8)
         rows += [("original", a), ("model", b), ("difference", difference)]
-    save_contact_sheet(rows, path)
+    save_contact_sheet(rows, path, replace=replace)
 
 
 def main():

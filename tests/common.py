@@ -22,7 +22,7 @@ from bases import nano, open_base, wan
 from encoder import MemoryDiT
 from model import DiTConfig
 from util.cli import run_main
-from util.files import RECORD
+from util.files import LOCK, RECORD
 from util.video_writer import VideoWriter
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,7 +101,7 @@ def losses(folder, key="loss"):
 
 def listing(folder):
     """The names in a folder, sorted, without the record of what was written there and the lock."""
-    return sorted(path.name for path in Path(folder).iterdir() if path.name not in (RECORD, ".lock"))
+    return sorted(path.name for path in Path(folder).iterdir() if path.name not in (RECORD, LOCK))
 
 
 def read_csv(path):

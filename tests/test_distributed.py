@@ -20,7 +20,7 @@ import pretrain
 import sample
 import util.distributed
 from data import Clip, Clips
-from tests.common import flags, losses, run, write_video
+from tests.common import flags, listing, losses, run, write_video
 from tests.processes import Processes, data_main, finish, loss_gaps, posix, stop_at, use_float32
 
 
@@ -120,7 +120,7 @@ def test_the_same_seed_gives_the_same_files(cache, tmp_path, monkeypatch):
         given = "--history", "../clip.mp4", "--checkpoint", "run/model.safetensors", "--seconds=3", "--steps=2"
         run(sample.main, *given, "--save_file=run/a.mp4")
         monkeypatch.chdir(tmp_path)
-    files = sorted(p.name for p in Path("a/run").iterdir() if p.name != "log.jsonl")
+    files = [name for name in listing("a/run") if name != "log.jsonl"]
     assert {"model.safetensors", "state.pt", "a.mp4", "a.png", "preview_000003.png"} == set(files)
     assert all(Path("a/run", name).read_bytes() == Path("b/run", name).read_bytes() for name in files)
 

@@ -36,6 +36,7 @@ def _digest(file):
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing: never over an input, never over a file that was not written here
 
+LOCK = ".lock"
 RECORD = ".written.json"  # in each folder: {name: [bytes, time of the last change]} of the files written there
 
 
@@ -84,7 +85,7 @@ def check_outputs(stem, endings, inputs=()):
 
 def refuse_foreign(path):
     """Raise UserError if a file is there that this program did not write, or that was changed since."""
-    if path.is_file() and _read_record(path.parent).get(path.name) != _fingerprint(path):
+    if path.is_file() and path.name != LOCK and _read_record(path.parent).get(path.name) != _fingerprint(path):
         raise UserError(
             f"{path} exists and was not written by this program, or was changed since: give another name, or "
             "move it away"
@@ -187,8 +188,8 @@ def lock_folder(folder):
 
     Returns the open lock file, which must be kept.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    file = open(Path(folder) / ".lock", "a")
+    check_output(Path(folder) / LOCK)
+    file = open(Path(folder) / LOCK, "a")
     try:
         if os.name == "nt":
             import msvcrt

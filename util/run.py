@@ -97,6 +97,7 @@ class Run:
             else:
                 weights, log = self.out / "model.safetensors", self.out / "log.jsonl"
                 print(f"{self.stage} done: weights {weights}, figures {log}, pictures {self.out}/preview_*.png")
+            self.lock.close()
         self.processes.shutdown()
         if code:
             raise SystemExit(code)

@@ -51,10 +51,10 @@ def text_width(texts, font):
     return max([0, *(math.ceil(ruler.multiline_textbbox((0, 0), text, font=font)[2]) for text in texts)])
 
 
-def save_contact_sheet(rows, path, columns=None, scale=None):
+def save_contact_sheet(rows, path, columns=None, scale=None, replace=False):
     """Write a contact_sheet() as a PNG. Raises UserError if `path` cannot be written."""
     sheet = contact_sheet(rows, columns, scale)
-    with atomic_write(path) as temporary:
+    with atomic_write(path, replace) as temporary:
         iio.imwrite(temporary, sheet, extension=".png")
 
 
