@@ -32,7 +32,7 @@ from util.video_writer import VideoWriter
 
 @dataclass
 class Clip:
-    """One encoded video. The methods and properties are what training and evaluation need of any clip."""
+    """One encoded video. Its methods and properties are the interface that training and evaluation use."""
 
     latents: torch.Tensor  # (C, F, h, w) float16
     storyboard: list  # [(first latent frame, prompt)]
@@ -52,7 +52,7 @@ class Clip:
         return self.latents[None, :, first:last].float()
 
     def prompt(self, frame):
-        """The prompt of a latent frame: the nearest at or before it."""
+        """The prompt of a latent frame: the latest that starts at or before it."""
         return prompt_at(self.storyboard, frame)
 
     def text(self, frame, prompts):
@@ -64,7 +64,7 @@ class Clip:
         return None if self.pixels is None else self.pixels[frames][None]
 
     def targets(self, sections, section):
-        """First frames of the sections that may be asked for after a history of `sections` sections.
+        """Frames at which a target may start, after `sections` sections of history.
 
         In the paper-doll world: where the history has shown all that the prompt asks to remember.
         """
@@ -112,8 +112,8 @@ class CachedClip(Clip):
 class Clips:
     """Clips in a fixed random order per epoch.
 
-    Every batch is of one size (height x width); and, since the shortest clip of a batch decides how long its histories
-    are, of clips with at least `full` latent frames or of shorter ones.
+    The clips of a batch share one size (height x width), and have all at least `full` latent frames or all fewer,
+    because the shortest clip limits the histories of a batch.
     """
 
     def __init__(self, clips, full=0):
@@ -130,8 +130,7 @@ class Clips:
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 (datasets live as long as the process)
     def epoch(self, number, size, seed):
-        """The batches of an epoch, each a list of `size` clip numbers; what does not fill a batch waits for the next
-        one.
+        """The batches of an epoch, each a list of `size` clip numbers; a remainder is left out of the epoch.
 
         A bucket smaller than a batch repeats its clips, or is left out if it is smaller than a quarter of one (unless
         all are): otherwise a few clips of a rare size would be seen much more often than all others.
@@ -140,8 +139,8 @@ class Clips:
         large = [members for members in self.buckets.values() if 4 * len(members) >= size]
         if large and len(large) < len(self.buckets):
             warn(
-                f"{len(self.clips) - sum(map(len, large))} clips of a rare size or length, fewer than a quarter of a "
-                "batch of their kind, are left out"
+                f"{len(self.clips) - sum(map(len, large))} clips are left out: there are too few of their size or "
+                "length to fill a quarter of a batch"
             )
         batches = []
         for members in large or self.buckets.values():
@@ -160,27 +159,33 @@ class Clips:
 # Datasets
 
 
-# --data NAME or NAME:ARGUMENT -> a function with the arguments of open_stories(); a new dataset is one and a line here
+# --data NAME or NAME:ARGUMENT -> a function with the arguments of open_stories(); add new datasets here
 DATASETS = {"world": "data.open_stories"}
 
 
 def open_dataset(data, base, cache, n_clips, n_held_out):
     """(clips to train on, held-out clips) of --data: a name in DATASETS, a cache of latents, or a folder of videos.
 
-    cache: folder for encoded clips; n_clips, n_held_out: how many stories, and of a cache at most how many held-out
-    clips. Raises UserError.
+    cache: folder for encoded clips; n_clips: stories to train on; n_held_out: held-out stories, or the
+    most held-out clips of a cache. Raises UserError.
     """
     name, _, argument = data.partition(":")
     if name in DATASETS:
-        return load_object(DATASETS[name])(argument, base, cache, n_clips, n_held_out)
-    if (Path(data) / "manifest.json").is_file():
-        return cached_clips(data, base, n_held_out)
-    refuse_uncached(data, base)
-    return video_clips(data, base, cache)
+        found = load_object(DATASETS[name])(argument, base, cache, n_clips, n_held_out)
+    elif (Path(data) / "manifest.json").is_file():
+        found = cached_clips(data, base, n_held_out)
+    else:
+        refuse_uncached(data, base)
+        found = video_clips(data, base, cache)
+    least = 2 * base.section + base.codec.causal
+    for clips, purpose in zip(found, ("to train on", "to hold out")):
+        if not len(clips) or min(clip.frames for clip in clips) < least:
+            raise UserError(f"--data {data}: expected clips {purpose}, each of at least {least} latent frames")
+    return found
 
 
 def refuse_uncached(data, base):
-    """Raise UserError if this base trains on caches of latents alone."""
+    """Raise UserError if this base only trains on caches of latents."""
     if base.needs_cache:
         raise UserError(
             f"--data {data} is not a cache of latents, which --preset {base.name} trains on: make one with data.py "
@@ -201,7 +206,7 @@ def story_clips(split, count, base, cache, keep_pixels=False):
 
 
 def check_prompts(data, prompts):
-    """Warn of words in these prompts that a model trained on this dataset has never seen."""
+    """Warn about words in these prompts that a model trained on this dataset has never seen."""
     words = dolls.unknown_words(prompts) if data == "world" else []
     if words:
         warn(dolls.UNKNOWN_WORDS.format(", ".join(words[:8])))
@@ -230,7 +235,7 @@ def cached_clips(folder, base, n_held_out):
 def video_clips(folder, base, cache):
     """(clips to train on, held-out clips) of a folder of videos, see split_videos().
 
-    Unusable files are counted and listed, never replaced. Raises UserError above 20 % of them.
+    Unusable files are counted and listed, never replaced. Raises UserError if more than 20 % are unusable.
     """
     paths = find_videos(folder)
     encoded, skipped = encode_videos(folder, paths, base, cache)
@@ -260,7 +265,7 @@ class StoryConfig:
     index: int = 0  # which held-out story
     preset: str = "nano"  # its size and frame rate
     out: str = "out/story.mp4"  # the video; its storyboard goes beside it, 3 sections longer than the video
-    truth: bool = False  # write those 3 sections too: the one right continuation
+    truth: bool = False  # write those 3 sections too: the true continuation
 
 
 def story(argv):
@@ -296,8 +301,8 @@ class CacheConfig:
 
 
 def cache(argv):
-    """Encode a folder of videos, once, into a cache to train on: windows of a history and a section each. Goes on where
-    it was stopped; under torchrun the processes share the work."""
+    """Encode a folder of videos, once, into a cache to train on: windows of a history and a section each. Resumes where
+    it stopped; under torchrun the processes share the work."""
     config = parse_flags(CacheConfig, cache.__doc__, argv)
     if missing := [f"--{key}" for key in ("videos", "out") if not getattr(config, key)]:
         raise UserError(
@@ -305,7 +310,7 @@ def cache(argv):
         )
     if Path(config.out).exists() and not Path(config.out).is_dir():
         raise UserError(f"--out {config.out} is a file: give a folder for the cache")
-    # the slowest process is waited for
+    # the others wait for the slowest process
     processes = start_processes(config.device, timeout=timedelta(days=7), tensors=False)
     base = open_base(config.preset, config.vae, config.t5, processes.device)
     if not base.codec.decodes:

@@ -1,13 +1,13 @@
-"""The memory encoder φ: a long history of latents in, a short sequence of DiT tokens out. And the DiT + φ that is
-trained.
+"""The memory encoder φ: a long history of latents in, a short sequence of DiT tokens out. Also MemoryDiT, what
+is trained, and Memory, what grows while sampling.
 
 Two branches over the same blocks of the history, summed (paper, section 3.3). A rate HxWxT says how many tokens of the
 DiT's grid one memory token stands for:
 
     HR  `high`, latents (B, C, F, H, W) -> strided 3D convolutions, attention -> projection to the DiT's width D
-    LR  `low`, the smaller video's latents -> a patch embedding of its own, which begins as the DiT's (start_from)
+    LR  `low`, the smaller video's latents -> a patch embedding of its own, initialised from the DiT's (start_from)
 
-φ sees one segment at a time (segments are folded into the batch), so a new section costs one section:
+φ sees one segment at a time (segments are folded into the batch), so appending a section encodes only that section:
 φ([H; X]) = [φ(H); φ(X)]. Letters as in model.py; t, h, w are the rate in time, rows and columns.
 """
 
@@ -23,7 +23,7 @@ from model import Attention, DiT, PatchEmbedding, pad_replicate, rope, token_pos
 from util.cli import UserError, load_object
 from util.weights import load_weights, read_config
 
-METHODS = {  # what memory can be -> its class; a new method is a class and a line here
+METHODS = {  # method -> its class; add new ones here
     "proposed": "encoder.Proposed",
     "only-lr": "encoder.OnlyLR",
     "without-lr": "encoder.WithoutLR",
@@ -68,10 +68,10 @@ def join(memories):
 
 class HighRes(nn.Module):
     """The HR branch: 3D convolutions + SiLU that stride time first, then space; attention within the segment at the
-    last width; a projection to D that never passes through the codec's channels. Around all that, one linear map of the
-    block, as ResNets have around strided blocks: without it the branch learns slowly (docs/experiments.md).
+    last width; a projection straight to D, not via the codec's channels. A linear shortcut per block, as in
+    a ResNet: without it the branch learns slowly (docs/experiments.md).
 
-    A strided axis has kernel 4, stride 2, padding 1, any other one kernel 3, so every output sits at its block's
+    A strided axis has kernel 4, stride 2, padding 1, every other axis kernel 3, so every output sits at its block's
     centre.
     """
 
@@ -80,7 +80,7 @@ class HighRes(nn.Module):
         strides = self.strides(block, len(widths))
         widths = [in_dim, *widths, *[widths[-1]] * (len(strides) - len(widths))]
         self.convs = nn.ModuleList(
-            nn.Conv3d(c_in, c_out, tuple(4 if s == 2 else 3 for s in stride), stride)
+            nn.Conv3d(c_in, c_out, tuple(s + 2 for s in stride), stride, padding=1, padding_mode="replicate")
             for c_in, c_out, stride in zip(widths[:-1], widths[1:], strides)
         )
         self.norm = nn.LayerNorm(widths[-1])
@@ -95,13 +95,13 @@ class HighRes(nn.Module):
         in_time, *in_space = (int(math.log2(n)) for n in block)
         strides = [(2, 1, 1)] * in_time
         strides += [(1, *(2 if i < n else 1 for n in in_space)) for i in range(max(in_space))]
-        return strides + [(1, 1, 1)] * (depth - len(strides))  # fine rates: same depth
+        return strides + [(1, 1, 1)] * (depth - len(strides))  # fine rates are padded to the same depth
 
     def forward(self, x):
         """One segment per row: (B, C, F, H, W), a multiple of the block -> (B, M, D)."""
         shortcut = self.shortcut(x)  # (B, M, D)
         for conv in self.convs:
-            x = F.silu(conv(F.pad(x, (1,) * 6, mode="replicate")))
+            x = F.silu(conv(x))
         f, h, w = x.shape[2:]
         x = rearrange(x, "b c f h w -> b (f h w) c")
         head_dim = self.attention.o.in_features // self.attention.heads
@@ -113,13 +113,13 @@ class HighRes(nn.Module):
 class MemoryEncoder(nn.Module):
     """What all methods share: segments, positions, frames that stay uncompressed.
 
-    encode() is φ. A method is a subclass: build() makes its layers, forward() turns single segments into tokens. These
+    encode() is φ. A method is a subclass: build() makes its layers, forward() turns single segments into tokens. Class
     attributes say what it needs:
     """
 
     has_stage1 = True  # it keeps every frame, so frames can be retrieved
     has_rate = True  # the rate decides how many tokens it has
-    may_skip_weights = True  # a batch without uncompressed frames does not use patch_embedding
+    may_skip_weights = True  # for DDP: batches without uncompressed frames do not use patch_embedding
     has_window = False  # --window says how many frames it keeps
     reads_low = False  # forward() reads `low`
 
@@ -128,10 +128,10 @@ class MemoryEncoder(nn.Module):
         self.rate, self.segment, self.causal = parse_rate(rate), base.section, base.codec.causal
         self.patch, self.window = base.dit.patch, window
         if self.rate[0] > self.segment:
-            raise UserError(f"--rate {rate}: time may be divided by at most {self.segment}, the frames of a segment")
+            raise UserError(f"--rate {rate}: T may be at most {self.segment}, the latents of a segment")
         self.block = tuple(r * n for r, n in zip(self.rate, self.patch))  # latents per memory token (f, h, w)
         self.build(base)
-        # φ's own copy of the DiT's patch embedding, for uncompressed frames: they mean the same whatever DiT reads them
+        # φ's own copy of the DiT's patch embedding, for uncompressed frames: so memory does not depend on the DiT's own
         self.patch_embedding = PatchEmbedding(base.dit.in_dim, base.dit.dim, self.patch)
 
     def build(self, base):
@@ -139,7 +139,7 @@ class MemoryEncoder(nn.Module):
 
     @torch.no_grad()
     def start_from(self, dit, averages):
-        """Take over from the base DiT what φ begins with. averages: see the codec."""
+        """Initialise from the base DiT. averages: see Codec."""
         self.patch_embedding.load_state_dict(dit.patch_embedding.state_dict())
 
     def forward(self, high, low):
@@ -147,7 +147,7 @@ class MemoryEncoder(nn.Module):
         raise NotImplementedError
 
     def downsample(self, codec, high):
-        """`low`: the downsampled whole segments of a history high (B, C, F, H, W)."""
+        """`low`, the LR input: the whole segments of high (B, C, F, H, W), downsampled."""
         n = self.whole(high.shape[2])
         return codec.downsample(high[:, :, :n], self.rate) if n else high[:, :, :0]
 
@@ -157,7 +157,7 @@ class MemoryEncoder(nn.Module):
         high   (B, C, F, H, W) latents
         low    downsample() of it
         start  time of the first frame, in latent frames
-        Whole segments are compressed; the frames of an unfinished one stay uncompressed.
+        Whole segments are compressed; any remaining frames stay uncompressed.
         """
         n = self.whole(high.shape[2], start)
         memories = [self.encode_whole(high[:, :, :n], low, start)] if n else []
@@ -167,7 +167,7 @@ class MemoryEncoder(nn.Module):
         return join(memories)
 
     def encode_whole(self, high, low, start):
-        """encode() of whole segments. Raises ValueError if they are not."""
+        """encode() of whole segments. Raises ValueError for anything else."""
         if self.whole(high.shape[2], start) != high.shape[2]:
             raise ValueError(f"{high.shape[2]} latents from {start} are not whole segments of {self.segment}")
         lone = self.lone(start)
@@ -184,7 +184,7 @@ class MemoryEncoder(nn.Module):
         return rearrange(tokens, "(b n) m d -> b (n m) d", n=n), self.block_centres(high.shape[2:], start)
 
     def block_centres(self, size, start):
-        """Positions (M, 3) of the centres of the blocks of `size` (F, H, W) latents."""
+        """Centres (M, 3) of the blocks of (F, H, W) latents."""
         t, h, w = self.rate
         t = min(t, size[0])  # a causal codec's lone latent keeps its own time
         f, rows, columns = (-(-n // b) for n, b in zip(size, (t, *self.block[1:])))
@@ -199,18 +199,18 @@ class MemoryEncoder(nn.Module):
         return self.patch_embedding(latents), token_positions(times.to(latents.device), rows, columns)
 
     def lone(self, start):
-        """How many latents stand alone before the first segment: a causal codec's very first one."""
+        """1 for a causal codec's first latent, which is encoded alone, else 0."""
         return 1 if self.causal and start == 0 else 0
 
     def whole(self, n_frames, start=0):
-        """How many of n_frames latents are whole segments."""
+        """How many of the first n_frames latents form whole segments."""
         lone = self.lone(start)
         return n_frames if n_frames < lone else lone + (n_frames - lone) // self.segment * self.segment
 
     def choose(self, n_frames, most=None):
-        """Which of n_frames uncompressed frames stay in memory, in order; `most` of them at most, if the method can
-        drop any. Choosing from what was chosen before and the frames since gives the same, so nothing else need be
-        kept."""
+        """Indices of the uncompressed frames to keep, at most `most` if the method can drop frames.
+
+        Incremental: choosing from the frames kept so far and the new ones equals choosing from all."""
         return torch.arange(n_frames)
 
 
@@ -221,7 +221,7 @@ class Proposed(MemoryEncoder):
 
     def build(self, base):
         self.hr = HighRes(base.dit.in_dim, base.widths, self.block, base.dit.dim)
-        for layer in (self.hr.proj, self.hr.shortcut):  # LR carries the signal from the first step
+        for layer in (self.hr.proj, self.hr.shortcut):  # HR starts at zero, so φ starts as its LR branch
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.lr_embedding = PatchEmbedding(base.dit.in_dim, base.dit.dim, self.patch)
@@ -229,7 +229,7 @@ class Proposed(MemoryEncoder):
     @torch.no_grad()
     def start_from(self, dit, averages):
         """LR begins with the base's weights for the latent channels that mean the same at every scale, and with zeros
-        elsewhere: the base would take the detail of a small picture for detail of its own scale."""
+        elsewhere: the base would misread a small picture's detail as full-scale detail."""
         super().start_from(dit, averages)
         nn.init.zeros_(self.lr_embedding.weight)
         self.lr_embedding.weight[:, averages] = dit.patch_embedding.weight[:, averages]
@@ -266,7 +266,7 @@ class WithoutLR(MemoryEncoder):
 class MemoryDiT(nn.Module):
     """What is trained: the DiT and the memory encoder it reads.
 
-    empty: the DiT is not allocated yet (meta device), since weights will be loaded into it.
+    empty: create the DiT on the meta device; weights are loaded later.
     """
 
     def __init__(self, base, method="proposed", rate=None, window=1, empty=False):
@@ -291,10 +291,10 @@ class MemoryDiT(nn.Module):
 
 
 class Memory:
-    """φ(H) of a growing history: append() encodes what is new and never what was encoded before.
+    """φ(H) of a growing history: append() encodes only new frames.
 
     most: keep at most this many of the newest whole segments (None: all). A causal codec's lone first latent stays
-    until the first segment has to go. The two pictures of --method keyframes stay whatever `most` is.
+    until the first segment has to go.
     """
 
     def __init__(self, model, codec, most=None):
@@ -312,7 +312,7 @@ class Memory:
         self.frames += latents.shape[2]
         latents = latents if self.waiting is None else torch.cat([self.waiting, latents], dim=2)
         while encoder.whole(len(times), start := self.frames - len(times)):
-            n = encoder.lone(start) or encoder.segment  # one at a time: convolutions need memory
+            n = encoder.lone(start) or encoder.segment  # one segment at a time, to bound activation memory
             high = latents[:, :, :n]
             low = self.codec.downsample(high, encoder.rate)
             self.segments.append((*encoder.encode_whole(high, low, start), n))
@@ -350,12 +350,12 @@ def load_model(path, base, init="", device="cpu"):
     try:
         model = MemoryDiT(base, config["method"], config["rate"], config["window"], empty=True)
     except KeyError as e:
-        raise UserError(f"{path}: its config has no usable {e}; train it again") from None
+        raise UserError(f"{path}: its config lacks {e}; train it again") from None
     if init and not config.get("lora"):
         raise UserError(f"--init {init} does nothing: {path} holds its own DiT; drop it")
     if config.get("lora"):
         if not init:
-            raise UserError(f"{path} holds a LoRA and a memory encoder alone: give the base DiT too, --init")
+            raise UserError(f"{path} holds only a LoRA and a memory encoder: give the base DiT too, --init")
         base.load_dit(model.dit, init, device, frozen=True)
         base.add_lora(model.dit, config["lora"])
     load_weights(model, [path], names=model.saved_names(), device=device)

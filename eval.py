@@ -1,17 +1,15 @@
-"""Evaluation: metrics, validation while training, and the commands that measure for a table or a plot.
+"""Evaluation: metrics, validation while training, and the benchmark commands.
 
-    python eval.py retrieval --checkpoint runs/pretrain/model.safetensors               held-out stories
-    python eval.py retrieval --checkpoint runs/pretrain/model.safetensors --history clip.mp4    frames of your own clip
-    python eval.py continuation --checkpoint runs/finetune/model.safetensors            held-out stories
-    python eval.py table1 runs/t1/*                stage 1 runs side by side: the paper's Table 1, with pictures
-    python eval.py table2 runs/t2/*                stage 2 runs side by side: Table 2
-    python eval.py story runs/t2/*                 accuracy by how long a character was away
-    python eval.py budget --preset wan-14b         parameters, tokens, FLOPs and memory of a preset, predicted
-    python eval.py speed                           this machine, timed
-    python eval.py judge --videos a.mp4 --endpoint URL --model NAME     ask a vision-language model
-    python eval.py elo votes.csv                   ratings from votes between pairs
-
-Every figure is printed with what produced it: checkpoint, step, seed, clips, sampler.
+python eval.py retrieval --checkpoint runs/pretrain/model.safetensors               held-out stories
+python eval.py retrieval --checkpoint runs/pretrain/model.safetensors --history clip.mp4    frames of your own clip
+python eval.py continuation --checkpoint runs/finetune/model.safetensors            held-out stories
+python eval.py table1 runs/t1/*                stage 1 runs side by side: the paper's Table 1, with pictures
+python eval.py table2 runs/t2/*                stage 2 runs side by side: Table 2
+python eval.py story runs/t2/*                 accuracy by how long a character was away
+python eval.py budget --preset wan-14b         parameters, tokens, FLOPs and memory of a preset, predicted
+python eval.py speed                           this machine, timed
+python eval.py judge --videos a.mp4 --endpoint URL --model NAME     ask a vision-language model
+python eval.py elo votes.csv                   ratings from votes between pairs
 """
 
 from pathlib import Path
@@ -82,10 +80,10 @@ LEVELS = (0.25, 0.5, 0.75, 0.95, 0.99)  # noise levels at which the loss is repo
 def validate_batch(config, base, model, draw, clips, rows, device):
     """({name: sum over these rows of held-out clips of one size}, (truth, result) frames or None).
 
-    loss_t*: the training loss at fixed noise levels. psnr*: dB, against the original pixels, or if they are not at hand
-    against what the codec makes of them; latent_mse* where there is no decoder. _one_step: one step from pure noise,
-    the conditional mean; else the full sampler. _wrong_memory: with the memory of the next clip, which must be clearly
-    worse if memory is read at all.
+    loss_t*: the training loss at fixed noise levels. psnr*: dB, against the original pixels or, without them, against
+    the codec's reconstruction; latent_mse* where there is no decoder. _one_step: one step from pure noise,
+    the conditional mean; else the full sampler. _wrong_memory: with the memory of the next clip, which should be
+    clearly worse if the model reads its memory.
     """
     batch, sums = draw(clips, rows, 0).to(device), {}
     with autocast(device):
@@ -122,7 +120,7 @@ def validate_batch(config, base, model, draw, clips, rows, device):
 def validate(config, base, model, draw, clips, step, processes):
     """{name: mean over all held-out clips}, see validate_batch(). The ranks share the clips; rank 0 writes a preview.
 
-    draw(clips, rows, step) makes a batch, the same at every call. A batch is of one size, and of full or shorter clips.
+    draw(clips, rows, step) makes a batch, the same at every call.
     """
     totals, counts, pictures = {}, {}, None
     for members in clips.buckets.values():

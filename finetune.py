@@ -5,7 +5,7 @@ The loss of stage 1 with another target (paper, section 3.2, equation 2):
     ‖(ε - X_0) - G_θ(X_t, t, c, φ(H))‖²         X_0: the section that follows H; c: its prompt
 
     python finetune.py                            φ from runs/pretrain, the DiT from the base again
-    python finetune.py --method none --init random         the base: the DiT alone, from prompts, in runs/base
+    python finetune.py --method none --init random         train the base (a DiT without memory) into runs/base
 """
 
 from dataclasses import dataclass, replace
@@ -23,15 +23,15 @@ from util.weights import load_weights, read_config
 @dataclass
 class FinetuneConfig(Config):
     out: str = None  # run folder [runs/finetune; runs/base for --method none]
-    encoder: str = "runs/pretrain"  # a run of either stage whose φ is taken; "none": a fresh one
+    encoder: str = "runs/pretrain"  # the run to take φ from; "none": a fresh φ
     freeze_encoder: bool = False  # keep φ as it is (the paper's ablation)
     t_mean: float = None  # noise levels that the DiT trains on: sigmoid of N(t_mean, t_std) [the preset's]
     t_std: float = None  # their spread [the preset's]
-    text_drop: float = 0.1  # share of samples without a prompt, for classifier-free guidance
+    text_drop: float = 0.1  # fraction of samples without a prompt, for classifier-free guidance
 
 
 def section_starts(base, clip, sections, waiting):
-    """First frames of the targets that may follow a history of so many whole sections and waiting frames."""
+    """First frames of the targets that can follow `sections` whole sections and `waiting` more frames."""
     lone = int(base.codec.causal)
     least = lone + sections * base.section + waiting
     # a causal codec's first latent is unlike all others, so its history begins where the clip does
@@ -39,16 +39,16 @@ def section_starts(base, clip, sections, waiting):
 
 
 def possible_lengths(base, clips, waiting):
-    """Numbers of whole sections of history, beside so many waiting frames, after which every clip has a target."""
+    """History lengths (in sections, plus `waiting` frames) after which every clip has a target."""
     most = (base.history - int(base.codec.causal) - waiting) // base.section
     return [n for n in range(1, most + 1) if all(section_starts(base, clip, n, waiting) for clip in clips)]
 
 
 def draw_continuation(config, base, encoder, clips, rows, step, longest=False):
-    """Stage 2: the target is the section after a history in which all that it asks for was seen.
+    """Stage 2: the target is a section whose history has shown everything that its prompt mentions.
 
-    Histories of a batch have one length. clips: the global batch; rows: those to return; longest: for validation, take
-    the longest history.
+    Histories of a batch have one length. clips: the global batch; rows: which of them to return; longest: for
+    validation, take the longest history.
 
     In more than a third of the batches histories do not end with a whole segment: their last frames wait uncompressed,
     and their segments straddle the cuts, as when a clip of your own is continued. With a causal codec all segments are
@@ -59,7 +59,7 @@ def draw_continuation(config, base, encoder, clips, rows, step, longest=False):
     if lone or longest:
         waiting = 0
     lengths = possible_lengths(base, clips, waiting)
-    if not lengths:  # too short or too particular a clip for that
+    if not lengths:  # some clip has no target for that
         waiting, lengths = 0, possible_lengths(base, clips, 0)
     length = lengths[-1] if longest else lengths[int(torch.randint(len(lengths), (), generator=g))]
     batches = []
@@ -88,7 +88,8 @@ def section_batch(base, encoder, clip, first, begin, text, t, g):
 
 
 def encoder_file(config):
-    """The weights of --encoder, or None for a fresh φ. Raises UserError for a run of another preset, method or rate."""
+    """The weights of --encoder, or None for a fresh φ. Raises UserError if that run has another preset, method or
+    rate."""
     if not find_method(config.method).has_stage1 or config.encoder == "none":
         return None
     path = Path(config.encoder)
@@ -105,7 +106,7 @@ def encoder_file(config):
 
 
 def load_encoder(encoder, path, device):
-    """Read φ from a run of either stage, and say what it is: it may have stopped early."""
+    """Read φ from a run of either stage; returns a line that names the run and its step."""
 
     def rename(name):
         return name.removeprefix("encoder.") if name.startswith("encoder.") else None
@@ -116,16 +117,14 @@ def load_encoder(encoder, path, device):
 
 
 def check_encoder(config):
-    """Refuse flags of φ that contradict each other. Raises UserError."""
+    """Reject contradictory encoder flags. Raises UserError."""
     has_stage1 = find_method(config.method).has_stage1
     if not has_stage1 and config.encoder not in (FinetuneConfig.encoder, "none"):
         raise UserError(f"--encoder {config.encoder}: --method {config.method} has no φ of stage 1; drop it")
     if config.freeze_encoder and config.method == "none":
         raise UserError("--freeze_encoder --method none: there is no memory encoder to freeze; drop one of the two")
     if config.freeze_encoder and config.encoder == "none":
-        raise UserError(
-            "--freeze_encoder --encoder none: a fresh φ that is never trained tells nothing; drop one of the two"
-        )
+        raise UserError("--freeze_encoder --encoder none: freezing an untrained φ is pointless; drop one of the two")
 
 
 def main():

@@ -1,15 +1,16 @@
 """The video diffusion transformer (DiT) of Wan 2.1, and rectified flow.
 
 Letters:  B batch, C channels, F frames, H height, W width, N noisy tokens, M memory tokens, L text tokens, D width.
-Videos and latents are (B, C, F, H, W). Pixels are floats in [-1, 1]; uint8 only in files.
+Videos and latents are (B, C, F, H, W). Pixels are floats in [-1, 1], (B, 3, F, H, W); frames are uint8, (F, H, W, 3).
 Flow:     x_t = (1 - t) x_0 + t ε with t in [0, 1], so noise is at t = 1. Target v = ε - x_0. The DiT is fed 1000 t.
           Timestep shift t' = s t / (1 + (s - 1) t).
-Tokens:   every token has a real position (frame, row, column) on the DiT's token grid: time in latent frames, space in
-          patches. RoPE is computed from positions, not looked up, so there is no longest video.
+Tokens:   every token has a real-valued position (frame, row, column) on the DiT's token grid: time in latent frames,
+space in
+          patches. RoPE is computed from positions, not looked up, so length is unlimited.
 
 Architecture and parameter names are exactly those of Wan 2.1's text-to-video model, so its weights load strictly. Two
-additions change nothing when unused: positions are an argument, and memory tokens, which are clean (t = 0), stand
-before the noisy ones in the sequence and take part in every self-attention.
+additions do nothing unless used: positions are an argument, and memory tokens, which are clean (t = 0), precede the
+noisy ones and take part in self-attention.
 """
 
 import math
@@ -59,11 +60,9 @@ def token_positions(times, rows, columns):
     times: (F,) or (B, F) in latent frames; rows, columns: size of the token grid.
     """
     times = torch.as_tensor(times, dtype=torch.float32)
-    shape = (*times.shape, rows, columns)
-    frame = times[..., None, None].expand(shape)
-    row = torch.arange(rows, device=times.device).float()[:, None].expand(shape)
-    column = torch.arange(columns, device=times.device).float().expand(shape)
-    return torch.stack([frame, row, column], dim=-1).flatten(-4, -2)
+    row = torch.arange(rows, device=times.device).float()[:, None]
+    column = torch.arange(columns, device=times.device).float()
+    return torch.stack(torch.broadcast_tensors(times[..., None, None], row, column), dim=-1).flatten(-4, -2)
 
 
 def rope(positions, head_dim):
@@ -86,7 +85,7 @@ def rope(positions, head_dim):
 def rotate(x, rotations):
     """Rotate the channel pairs (a, b) of x (B, N, heads, head_dim), float32, to (a cos - b sin, a sin + b cos).
 
-    rotations: from rope(). When compiled, the result holds all first halves of the pairs, then all second ones: the
+    rotations: from rope(). When compiled, the result holds all first elements of the pairs, then all second ones: the
     product of two vectors rotated alike does not depend on the order of channels.
     """
     x = x.unflatten(-1, (-1, 2))
@@ -147,7 +146,8 @@ class Attention(nn.Module):
 
 
 def modulate(x, shift, scale, sizes):
-    """Scale and shift x (B, M + N, D) by (B, P, D) each; P parts of these sizes share a noise level each.
+    """x * (1 + scale) + shift. x (B, M + N, D) has P parts of these sizes; shift and scale (B, P, D) have a row for
+    each.
 
     Returns the autocast dtype, since linear layers come next.
     """
@@ -171,15 +171,13 @@ class Block(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.dim, self.eps = c.dim, c.eps
         self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim**0.5)
+        self.norm1 = nn.LayerNorm(c.dim, c.eps, elementwise_affine=False)
         self.self_attn = Attention(c.dim, c.heads, c.eps)
         self.norm3 = nn.LayerNorm(c.dim, c.eps)
         self.cross_attn = Attention(c.dim, c.heads, c.eps)
+        self.norm2 = nn.LayerNorm(c.dim, c.eps, elementwise_affine=False)
         self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(c.ffn_dim, c.dim))
-
-    def norm(self, x):
-        return F.layer_norm(x, (self.dim,), eps=self.eps)
 
     def forward(self, x, e, text, rotations, M):
         """x (B, M + N, D) float32 -> the same.
@@ -189,24 +187,26 @@ class Block(nn.Module):
         """
         sizes = [M, x.shape[1] - M] if M else [x.shape[1]]
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[:, None].float() + e).unbind(2)
-        x = add_gated(
-            x, self.self_attn(modulate(self.norm(x), shift1, scale1, sizes), rotations=rotations), gate1, sizes
-        )
+        y = self.self_attn(modulate(self.norm1(x), shift1, scale1, sizes), rotations=rotations)
+        x = add_gated(x, y, gate1, sizes)
         x = x + self.cross_attn(self.norm3(x), context=text)
-        return add_gated(x, self.ffn(modulate(self.norm(x), shift2, scale2, sizes)), gate2, sizes)
+        y = self.ffn(modulate(self.norm2(x), shift2, scale2, sizes))
+        return add_gated(x, y, gate2, sizes)
 
 
 class Head(nn.Module):
+    """The modulated norm and the projection to patches."""
+
     def __init__(self, c):
         super().__init__()
-        self.dim, self.eps = c.dim, c.eps
         self.modulation = nn.Parameter(torch.randn(1, 2, c.dim) / c.dim**0.5)
+        self.norm = nn.LayerNorm(c.dim, c.eps, elementwise_affine=False)
         self.head = nn.Linear(c.dim, math.prod(c.patch) * c.out_dim)
 
     def forward(self, x, e):
         """x (B, N, D), e (B, D) timestep embedding -> (B, N, pt * ph * pw * C), float32 as in Wan."""
         shift, scale = (self.modulation.float() + e[:, None]).chunk(2, dim=1)  # (B, 1, D) each
-        y = F.layer_norm(x, (self.dim,), eps=self.eps) * (1 + scale) + shift
+        y = self.norm(x) * (1 + scale) + shift
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(y.float(), self.head.weight.float(), self.head.bias.float())
 
@@ -225,7 +225,7 @@ class DiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(c.dim, 6 * c.dim))
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
         self.head = Head(c)
-        self.recompute = False  # set for training: activations are computed again in the backward pass
+        self.recompute = False  # activation checkpointing, set for training
         self.init_weights()
 
     def init_weights(self):
@@ -275,7 +275,7 @@ class DiT(nn.Module):
         M, levels = 0, [t]
         if memory is not None and memory[0].shape[1]:
             tokens, places = memory
-            M, levels = tokens.shape[1], [t * 0, t]
+            M, levels = tokens.shape[1], [torch.zeros_like(t), t]
             x = torch.cat([tokens.float(), x], dim=1)  # (B, M + N, D)
             positions = torch.cat([places.expand(B, -1, -1), positions], dim=1)
         rotations = rope(positions, c.dim // c.heads)
@@ -287,7 +287,7 @@ class DiT(nn.Module):
                 x = checkpoint(block, x, modulation, text, rotations, M, use_reentrant=False)
             else:
                 x = block(x, modulation, text, rotations, M)
-        x = self.head(x[:, M:], embedding[-B:]).float()  # only the noisy tokens are read out
+        x = self.head(x[:, M:], embedding[-B:])  # only the noisy tokens are read out
         # unlike the input, the output has channels last inside a patch
         pt, ph, pw = c.patch
         return rearrange(
@@ -300,7 +300,7 @@ class DiT(nn.Module):
 
 
 def noise_levels(quantiles, mean, std=1.0):
-    """Noise levels t in (0, 1), logit-normal: sigmoid of N(mean, std) at these quantiles in (0, 1), any shape.
+    """Logit-normal noise levels: sigmoid(N(mean, std)) at these quantiles in (0, 1), any shape.
 
     A timestep shift s adds log(s) to the mean.
     """
@@ -314,9 +314,9 @@ def add_noise(x0, noise, t):
 
 
 def euler(velocity, x, levels):
-    """A solver: integrate dx = v dt from noise x (B, ...) along `levels` (S + 1,), falling from 1 to 0, to data.
+    """A solver: integrate dx = v dt from noise x (B, ...) at t = 1 to data at t = 0 along `levels` (S + 1,).
 
-    velocity(x, t) is called once per step, t a float. Another solver has the same arguments.
+    velocity(x, t) is called once per step, t a float. Other solvers take the same arguments.
     """
     for t, t_next in zip(levels[:-1], levels[1:]):
         x = x + float(t_next - t) * velocity(x, float(t))
@@ -327,8 +327,8 @@ def euler(velocity, x, levels):
 def sample(dit, noise, text, times, memory, steps, shift=1.0, guidance=1.0, solver=euler):
     """Generate x_0, shaped like noise (B, C, F, H, W); text, times, memory as in DiT.forward.
 
-    With one Euler step, shift has no effect and the result is the conditional mean. Classifier-free guidance drops the
-    prompt alone: both passes read the memory.
+    With one Euler step, shift has no effect and the result is the conditional mean. Classifier-free guidance drops
+    only the prompt: both passes read the memory.
     """
 
     def velocity(x, t):

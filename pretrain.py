@@ -1,11 +1,11 @@
-"""Stage 1: pretrain the memory encoder φ by frame retrieval. And the training loop of both stages.
+"""Stage 1: pretrain the memory encoder φ by frame retrieval. Also holds the training loop of both stages.
 
-The DiT must denoise randomly chosen frames of a 20 s history given φ of it (paper, section 3.1, equation 1):
+The DiT must denoise randomly chosen frames of a 20 s history given φ(H) (paper, section 3.1, equation 1):
 
     ‖(ε - H_Ω) - G_θ((H_Ω)_t, t, c, φ(H))‖²     Ω: the chosen frames; c: the caption of one of them, often dropped
 
     python pretrain.py                            one process, with or without a GPU
-    torchrun --nproc_per_node=8 pretrain.py       the same global batch on eight
+    torchrun --nproc_per_node=8 pretrain.py       the same global batch on eight GPUs
 """
 
 import hashlib
@@ -34,44 +34,44 @@ from util.weights import own_config, weight_files
 
 @dataclass
 class Config:
-    """What both stages share."""
+    """Settings of both stages."""
 
     preset: str = "nano"  # base, model and data sizes: nano, small, wan-1.3b, wan-14b
-    method: str = "proposed"  # what memory is: encoder.py lists the methods, and an unknown name prints them
+    method: str = "proposed"  # the kind of memory: a key of METHODS in encoder.py
     rate: str = None  # compression on the DiT's token grid, rows x columns x frames [the preset's]
     window: int = 1  # latent frames that --method sliding-window keeps
-    data: str = "world"  # "world" (paper dolls), a folder of videos with captions, or one of data.py cache
+    data: str = "world"  # "world" (paper dolls), a folder of videos with captions, or a cache made by data.py cache
     init: str = "checkpoints/nano-base.safetensors"  # base DiT: a file or folder of weights, or "random"
-    lora: int = None  # rank of the update of a frozen DiT; 0 trains all of it [the preset's]
-    vae: str = ""  # Wan: local folder of its VAE, for figures in pixels and pictures while it trains
+    lora: int = None  # LoRA rank; 0 trains the whole DiT [the preset's]
+    vae: str = ""  # Wan: local folder of its VAE, for PSNR and previews while training
     steps: int = 250  # optimizer steps
     batch: int = 8  # clips per step, over all processes
     micro_batch: int = 8  # clips per forward pass on one process; gradients are accumulated up to the batch
     optimizer: str = None  # muon (for matrices; AdamW for the rest, see util/optim.py) or adamw [the preset's]
-    lr: float = None  # peak learning rate; with muon, the rest has a tenth or a hundredth [the preset's]
-    encoder_lr: float = 1.0  # φ's, as a share of it
+    lr: float = None  # peak learning rate; with muon, AdamW's parameters get a tenth or a hundredth [the preset's]
+    encoder_lr: float = 1.0  # φ's learning rate, as a fraction of --lr
     warmup: int = 50  # steps of linear warm-up; then a cosine down to zero
-    clip_grad: float = 1.0  # largest norm of the gradient
+    clip_grad: float = 1.0  # clip the gradient to this norm
     ema: float = 0.995  # decay of the weight average that is saved and sampled from
     seed: int = 0  # of weights, data order and noise
     clips: int = 3072  # stories of the paper-doll world to train on
-    held_out: int = 16  # at most so many clips for validation; of a folder of videos, one in ten
+    held_out: int = 16  # at most this many validation clips (of a folder of videos: one in ten)
     sample_steps: int = 10  # sampler steps in validation
-    sample_shift: float = 3.0  # and the sampler's timestep shift
+    sample_shift: float = 3.0  # timestep shift of that sampler
     save_every: int = 125  # steps between checkpoints, validations and previews
     compile: bool = False  # torch.compile the DiT's blocks
     device: str = "auto"  # auto, cpu, cuda, mps
-    resume: bool = False  # go on in --out
+    resume: bool = False  # continue the run in --out
     cache: str = "cache"  # folder for encoded clips
 
 
 @dataclass
 class PretrainConfig(Config):
     out: str = "runs/pretrain"  # run folder: model.safetensors, state.pt, log.jsonl, previews
-    text_drop: float = 0.5  # share of samples without a prompt
+    text_drop: float = 0.5  # fraction of samples without a prompt
     t_mean: float = 1.3  # noise levels that the DiT trains on: sigmoid of N(t_mean, t_std)
     t_std: float = 1.0  # their spread
-    mask: str = "none"  # frames outside Ω that φ sees: "noise" (the paper's later version) or "none" (clean)
+    mask: str = "none"  # what φ sees outside Ω: "noise" (the paper's later version) or "none" (clean frames)
     queries: int = 4  # frames in Ω, retrieved together
 
 
@@ -84,7 +84,7 @@ class Batch:
     """One clip per row: denoise `target`, which belongs at `times`, given φ(high, low)."""
 
     high: torch.Tensor  # (B, C, F, H, W) history as φ sees it
-    low: torch.Tensor  # the same, downsampled (its whole segments only)
+    low: torch.Tensor  # the same, downsampled (whole segments only)
     target: torch.Tensor  # (B, C, F', H, W) clean
     times: torch.Tensor  # (B, F') in latent frames, 0 at the start of the history
     noise: torch.Tensor  # like target
@@ -115,16 +115,16 @@ def generator(*key):
 def noise_level(config, step, row):
     """Noise level, shape (1,), of one row of the global batch.
 
-    One random offset per step for evenly spaced quantiles, so that every step meets low and high levels alike (the
-    low-discrepancy sampler of Kingma et al. 2021).
+    Evenly spaced quantiles with one random offset per step, so every step covers all levels (the low-discrepancy
+    sampler of Kingma et al. 2021).
     """
     offset = torch.rand(1, generator=generator(config.seed, step, "t"))
     return noise_levels((row / config.batch + offset) % 1, config.t_mean, config.t_std)
 
 
 def draw_retrieval(config, base, encoder, clips, rows, step):
-    """Stage 1: choose Ω in a history of each clip; the target is H_Ω. clips: the global batch; rows: those to
-    return."""
+    """Stage 1: choose Ω in a history of each clip; the target is H_Ω. clips: the global batch; rows: which of
+    them to return."""
     history = min(base.history, *(encoder.whole(clip.frames) for clip in clips))
     batches = []
     for row in rows:
@@ -132,13 +132,13 @@ def draw_retrieval(config, base, encoder, clips, rows, step):
         # a causal codec's first latent is unlike all others, so its history begins where the clip does
         first = 0 if base.codec.causal else int(torch.randint(clip.frames - history + 1, (), generator=g))
         high = clip.cut(first, first + history)  # (1, C, F, H, W)
-        omega = torch.randperm(history, generator=g)[: config.queries].sort().values  # Ω
+        omega = torch.randperm(history, generator=g)[: config.queries].sort().values
         low, target = encoder.downsample(base.codec, high), high[:, :, omega]
         if config.mask == "noise":
             high, low = mask_history(high, low, omega, encoder.rate[0], g)
-        asked = omega[torch.randint(len(omega), (), generator=g)]
+        captioned = omega[torch.randint(len(omega), (), generator=g)]
         prompted = torch.rand((), generator=g) >= config.text_drop
-        text = clip.text(first + int(asked), base.prompts) if prompted else base.prompts("")[None]
+        text = clip.text(first + int(captioned), base.prompts) if prompted else base.prompts("")[None]
         noise = torch.randn(target.shape, generator=g)
         t, times = noise_level(config, step, row), omega[None].float()
         batches.append(Batch(high, low, target, times, noise, t, text, clip.truth(first + omega)))
@@ -165,8 +165,8 @@ def mask_history(high, low, omega, rt, g):
 
 
 def train(config, stage, model, base, processes, clips, held_out, draw, draw_held_out):
-    """Train `model` on `clips`. draw(clips, rows, step) -> Batch says what to denoise, draw_held_out what to
-    validate."""
+    """Train `model` on `clips`. draw(clips, rows, step) -> Batch makes a training batch, draw_held_out a
+    validation batch."""
     device, main = processes.device, processes.rank == 0
     ema = EMA(model, config.ema)
     optimizers = make_optimizers(model, config.optimizer, config.lr, config.encoder_lr)
@@ -209,7 +209,7 @@ def train(config, stage, model, base, processes, clips, held_out, draw, draw_hel
             save(config, stage, step + 1, model, ema, optimizers, base.exports)
         if stop or run.gave_up:
             break
-    del ddp  # if it were the last to hold the process group, that would wait for its threads, and they for the GIL
+    del ddp  # freed here: destroying the process group from DDP's destructor can deadlock on the GIL
     run.finish(step + 1, stop)
 
 
@@ -243,7 +243,7 @@ def draw_ahead(config, processes, clips, draw, first):
 
 
 def check(config):
-    """Refuse what cannot work before anything is loaded, and fill in the preset's defaults. Raises UserError."""
+    """Fill in the preset's defaults and reject invalid settings, before anything is loaded. Raises UserError."""
     base = open_base(config.preset)
     for key in ("rate", "lora", "optimizer", "lr", "t_mean", "t_std"):
         if getattr(config, key) is None:
@@ -274,14 +274,14 @@ def check_init(config):
     if config.init == "random":
         if config.lora:
             raise UserError(
-                f"--init random --lora {config.lora}: an update of random weights, which no checkpoint would hold; "
-                "give --init a base, or --lora 0"
+                f"--init random --lora {config.lora}: a checkpoint would hold the LoRA, but not the random "
+                "weights under it; give --init a base, or --lora 0"
             )
         return
     trained = own_config(weight_files(shipped(config.init))[0])
     if trained and trained["preset"] != config.preset:
         raise UserError(
-            f"--init {config.init} is of --preset {trained['preset']}, not {config.preset}: give a base of "
+            f"--init {config.init} was trained with --preset {trained['preset']}, not {config.preset}: give a base of "
             "that preset, or train one with finetune.py --method none --init random"
         )
 
@@ -309,7 +309,9 @@ def setup(config):
     _, *rate = parse_rate(config.rate)
     grid = [n // (s * p) for n, s, p in zip(base.sizes[0], base.codec.stride[1:], base.dit.patch[1:])]
     if any(r > 2 * n for r, n in zip(rate, grid)):  # frames are padded up to whole blocks
-        raise UserError(f"--rate {config.rate}: a block is more than twice a frame of {grid[0]}x{grid[1]} tokens")
+        raise UserError(
+            f"--rate {config.rate}: a block is more than twice the size of a frame ({grid[0]}x{grid[1]} tokens)"
+        )
     for file in ("state.pt", "model.safetensors") if not config.resume else ():
         if (Path(config.out) / file).exists():
             raise UserError(f"--out {config.out} holds a {file} already: go on with --resume, or give another folder")
@@ -326,8 +328,8 @@ def main():
         raise UserError(f"--mask {config.mask}: choose none or noise")
     if not find_method(config.method).has_stage1:
         raise UserError(
-            f"--method {config.method}: it forgets most frames, so there is nothing to retrieve; it has no stage 1, "
-            f"go on with finetune.py --method {config.method}"
+            f"--method {config.method}: it keeps too few frames to retrieve, so it has no stage 1: "
+            f"run finetune.py --method {config.method}"
         )
     model, base, processes, clips, held_out = setup(config)
     draw = partial(draw_retrieval, config, base, model.encoder)

@@ -1,10 +1,10 @@
-r"""Continue a clip: read it into memory, then generate section after section, appending each to the history and to φ.
+"""Continue a clip: read it into memory, then generate section after section and append each to the memory.
 
     python sample.py --history clip.mp4
     python sample.py --history clip.mp4 --prompt "0s: she opens the door / 4s: she steps outside"
 
 Without --prompt, the storyboard beside the clip is used (clip.txt or clip.json; its times count from the clip's start).
-Writes the history and what continues it to --save_file, and a contact sheet beside it.
+Writes the history with its continuation to --save_file, and a contact sheet beside it.
 """
 
 import math
@@ -32,8 +32,8 @@ from util.video import has_sound, to_frames, to_pixels
 from util.video_writer import VideoWriter
 from util.weights import read_config, weight_files
 
-SOLVERS = {"euler": "model.euler"}  # a new one is a function like it and a line here
-# Wan's own names
+SOLVERS = {"euler": "model.euler"}  # add new ones here
+# the same flags as Wan's generate.py calls them
 WAN_FLAGS = dict(steps="--sample_steps", shift="--sample_shift", guidance="--sample_guide_scale", seed="--base_seed")
 
 
@@ -48,12 +48,12 @@ class SampleConfig:
     shift: float = None  # timestep shift: above 1, more steps at high noise [the preset's]
     solver: str = "euler"  # how the flow is integrated
     seed: int = 0  # of the noise
-    save_file: str = ""  # the video to write [out/NAME.mp4, or out/NAME_continued.mp4 if that is the history]
+    save_file: str = ""  # the video to write [out/NAME.mp4; out/NAME_continued.mp4 if that is the history]
     memory_seconds: float = 20.0  # how much history is kept in memory; 0: all
     device: str = "auto"  # auto, cpu, cuda, mps
     init: str = ""  # Wan: the base DiT under the checkpoint's LoRA; "random": random weights of --preset
-    merge: bool = False  # add the LoRA to the base's weights first: fewer products, rounded with the base
-    vae: str = ""  # Wan: local folder of its VAE in the diffusers layout ("random": to measure)
+    merge: bool = False  # add the LoRA to the base's weights first: faster, but rounded to the base's dtype
+    vae: str = ""  # Wan: local folder of its VAE in the diffusers layout ("random": random weights, for timing)
     t5: str = ""  # Wan: local folder of umT5 in the diffusers layout
     preset: str = "nano"  # of --init random, which needs no checkpoint: to measure speed and memory
 
@@ -81,7 +81,7 @@ def continue_video(model, base, memory, texts, config, size):
             settings = config.steps, config.shift, guidance, solver
             x = sample(model.dit, noise, text[None].to(device), times, memory.context(), *settings).float()
             if not x.isfinite().all():
-                raise Failure(f"{config.checkpoint} makes numbers that are not finite: train it again, or name another")
+                raise Failure(f"{config.checkpoint} generated numbers that are not finite: use another checkpoint")
             memory.append(x)
         yield x, time.perf_counter() - started
 
@@ -98,9 +98,8 @@ def make_room(model, codec):
 
 
 def write_sections(writer, sheet, generated, decode, model, codec, sections):
-    """Decode and write each of the generated sections. Returns (seconds it took to generate them, what stopped it early
-    or None): a signal, too little memory and numbers that are not finite cost the sections to come, not those
-    before."""
+    """Decode and write the generated sections -> (seconds it took to generate them, what stopped it early or None).
+    Whatever stops it, a signal, a lack of memory, numbers that are not finite, the sections so far are kept."""
     seconds = 0.0
     try:
         for latents, took in tqdm(generated, total=sections, desc="sections"):
@@ -122,10 +121,10 @@ def write_sections(writer, sheet, generated, decode, model, codec, sections):
 
 @dataclass
 class History:
-    """The clip to continue. Only its newest frames are held, so that memory does not grow with its length."""
+    """The clip to continue. Only its newest frames are held, so RAM use does not grow with its length."""
 
-    newest: torch.Tensor  # (F, H, W, 3) uint8: those that memory and contact sheet need
-    remembered: torch.Tensor  # the newest of these, which memory gets
+    newest: torch.Tensor  # (F, H, W, 3) uint8: the newest frames, for memory and contact sheet
+    remembered: torch.Tensor  # the part of them that memory gets
     frames: int  # of the whole clip
 
 
@@ -142,8 +141,7 @@ def copy_history(frames, writer, config, base):
     if most is not None:  # beside whole sections, a causal codec has one frame that stands alone
         n = min(n, most * section + base.codec.causal)
     if base.codec.causal and n > section:
-        # whole segments alone: up to seven latents of 480p would wait uncompressed, now and after every section, and be
-        # more tokens than all the rest; the oldest frames that do not fill a segment are left out
+        # keep whole segments only: waiting frames would outnumber all memory tokens; the oldest frames are dropped
         n = 1 + (n - 1) // section * section
     newest = torch.from_numpy(np.stack(held))
     return History(newest, newest[-base.codec.frames(n) :], n_frames)
@@ -182,7 +180,8 @@ def n_sections(config, base):
 
 
 def embed_prompts(config, base, prompts):
-    """Embeddings (L, text_dim) of these prompts. All at once: a large text encoder can go before the DiT comes."""
+    """Embeddings (L, text_dim) of these prompts. All at once, so a large text encoder is freed before the DiT is
+    loaded."""
     embedded = {prompt: base.prompts(prompt) for prompt in set(prompts)}
     texts = [embedded[prompt] for prompt in prompts]
     base.prompts = None  # umT5 is larger than a DiT of 1.3B
@@ -191,7 +190,7 @@ def embed_prompts(config, base, prompts):
 
 
 def open_model(config, base, device):
-    """The trained MemoryDiT, or one of random weights."""
+    """The trained MemoryDiT, or one with random weights."""
     if config.init != "random":
         model = load_model(config.checkpoint, base, config.init, device)
         if config.merge:
@@ -200,7 +199,7 @@ def open_model(config, base, device):
     model = MemoryDiT(base)
     if base.lora:
         base.cast_frozen(model.dit, device)
-        base.add_lora(model.dit, base.lora)  # as a trained one has it
+        base.add_lora(model.dit, base.lora)  # as in a trained model
     return model.to(device).eval()
 
 
@@ -227,7 +226,7 @@ def remember(config, base, history, device):
 
 
 def check(config):
-    """Refuse what cannot work, and fill in the preset's defaults. Raises UserError.
+    """Fill in the preset's defaults and reject invalid settings. Raises UserError.
 
     Returns (base without weights, config of the checkpoint, {} for random weights).
     """
@@ -246,7 +245,8 @@ def check(config):
     trained = {} if random else read_config(config.checkpoint)
     if not random and trained.get("stage") != "finetune":
         raise UserError(
-            f"{config.checkpoint} is of stage {trained.get('stage')}: continuing a clip needs one of finetune.py"
+            f"{config.checkpoint} was trained by {trained.get('stage')}.py: continuing a clip needs a "
+            "checkpoint of finetune.py"
         )
     base = open_base(config.preset if random else trained["preset"])
     for key in ("steps", "guidance", "shift"):

@@ -39,6 +39,10 @@ class Base:
 
     rename = staticmethod(wan_name)  # a tensor's name in others' files -> its name in the DiT
 
+    def __post_init__(self):
+        if not self.dit.in_dim == self.dit.out_dim == self.codec.channels:
+            raise ValueError(f"a DiT of {self.dit.in_dim} channels, a codec of {self.codec.channels}")
+
     def load_dit(self, dit, path, device="cpu", frozen=False):
         """Read the DiT's weights: official or diffusers' naming, one file or shards, or a checkpoint of this project.
 
