@@ -13,7 +13,7 @@ import pretrain
 from data import story_clips
 from encoder import MemoryDiT
 from model import DiT, DiTConfig, add_noise, sample
-from tests.common import ROOT, flags, losses, randn, randomize, run, tiny_base
+from tests.common import ROOT, SHARED, flags, losses, randn, randomize, run, tiny_base
 from util import attention
 
 FIXTURES = ROOT / "tests" / "fixtures"  # outputs of Wan's own code for tiny random weights
@@ -138,7 +138,10 @@ def test_the_dit_equals_a_plain_one(M):
 @pytest.mark.parametrize("name", ["wan_tiny", "wan_tiny_eps"])
 @torch.no_grad()
 def test_the_dit_equals_wan(name, case):
-    about, tensors = json.loads((FIXTURES / f"{name}.json").read_text()), load_file(FIXTURES / f"{name}.safetensors")
+    folder = FIXTURES if (FIXTURES / f"{name}.json").is_file() else SHARED / "fixtures"
+    if not (folder / f"{name}.json").is_file():
+        pytest.skip(f"{name} is not in tests/fixtures: it would make the repository too large")
+    about, tensors = json.loads((folder / f"{name}.json").read_text()), load_file(folder / f"{name}.safetensors")
     c = about["config"]
     same = ("dim", "ffn_dim", "in_dim", "out_dim", "text_dim", "text_len", "freq_dim", "eps")
     config = {key: c[key] for key in same} | dict(heads=c["num_heads"], layers=c["num_layers"])
