@@ -1,5 +1,5 @@
-"""The memory encoder φ: a long history of latents in, a short sequence of DiT tokens out. Also MemoryDiT, what
-is trained, and Memory, what grows while sampling.
+"""The memory encoder φ: a long history of latents in, a short sequence of DiT tokens out. Also MemoryDiT, what is
+trained, and Memory, what grows while sampling.
 
 Two branches over the same blocks of the history, summed (paper, section 3.3). A rate HxWxT says how many tokens of the
 DiT's grid one memory token stands for:
@@ -68,8 +68,8 @@ def join(memories):
 
 class HighRes(nn.Module):
     """The HR branch: 3D convolutions + SiLU that stride time first, then space; attention within the segment at the
-    last width; a projection straight to D, not via the codec's channels. A linear shortcut per block, as in
-    a ResNet: without it the branch learns slowly (docs/experiments.md).
+    last width; a projection straight to D, not via the codec's channels. A linear shortcut per block, as in a ResNet:
+    without it the branch learns slowly (docs/experiments.md).
 
     A strided axis has kernel 4, stride 2, padding 1, every other axis kernel 3, so every output sits at its block's
     centre.

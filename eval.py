@@ -81,9 +81,9 @@ def validate_batch(config, base, model, draw, clips, rows, device):
     """({name: sum over these rows of held-out clips of one size}, (truth, result) frames or None).
 
     loss_t*: the training loss at fixed noise levels. psnr*: dB, against the original pixels or, without them, against
-    the codec's reconstruction; latent_mse* where there is no decoder. _one_step: one step from pure noise,
-    the conditional mean; else the full sampler. _wrong_memory: with the memory of the next clip, which should be
-    clearly worse if the model reads its memory.
+    the codec's reconstruction; latent_mse* where there is no decoder. _one_step: one step from pure noise, the
+    conditional mean; else the full sampler. _wrong_memory: with the memory of the next clip, which should be clearly
+    worse if the model reads its memory.
     """
     batch, sums = draw(clips, rows, 0).to(device), {}
     with autocast(device):

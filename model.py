@@ -5,8 +5,7 @@ Videos and latents are (B, C, F, H, W). Pixels are floats in [-1, 1], (B, 3, F, 
 Flow:     x_t = (1 - t) x_0 + t ε with t in [0, 1], so noise is at t = 1. Target v = ε - x_0. The DiT is fed 1000 t.
           Timestep shift t' = s t / (1 + (s - 1) t).
 Tokens:   every token has a real-valued position (frame, row, column) on the DiT's token grid: time in latent frames,
-space in
-          patches. RoPE is computed from positions, not looked up, so length is unlimited.
+          space in patches. RoPE is computed from positions, not looked up, so length is unlimited.
 
 Architecture and parameter names are exactly those of Wan 2.1's text-to-video model, so its weights load strictly. Two
 additions do nothing unless used: positions are an argument, and memory tokens, which are clean (t = 0), precede the
@@ -187,11 +186,12 @@ class Block(nn.Module):
         """
         sizes = [M, x.shape[1] - M] if M else [x.shape[1]]
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[:, None].float() + e).unbind(2)
-        y = self.self_attn(modulate(self.norm1(x), shift1, scale1, sizes), rotations=rotations)
-        x = add_gated(x, y, gate1, sizes)
+        # no names for what comes between: at full size each would hold hundreds of megabytes
+        x = add_gated(
+            x, self.self_attn(modulate(self.norm1(x), shift1, scale1, sizes), rotations=rotations), gate1, sizes
+        )
         x = x + self.cross_attn(self.norm3(x), context=text)
-        y = self.ffn(modulate(self.norm2(x), shift2, scale2, sizes))
-        return add_gated(x, y, gate2, sizes)
+        return add_gated(x, self.ffn(modulate(self.norm2(x), shift2, scale2, sizes)), gate2, sizes)
 
 
 class Head(nn.Module):
@@ -327,8 +327,8 @@ def euler(velocity, x, levels):
 def sample(dit, noise, text, times, memory, steps, shift=1.0, guidance=1.0, solver=euler):
     """Generate x_0, shaped like noise (B, C, F, H, W); text, times, memory as in DiT.forward.
 
-    With one Euler step, shift has no effect and the result is the conditional mean. Classifier-free guidance drops
-    only the prompt: both passes read the memory.
+    With one Euler step, shift has no effect and the result is the conditional mean. Classifier-free guidance drops only
+    the prompt: both passes read the memory.
     """
 
     def velocity(x, t):

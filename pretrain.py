@@ -123,8 +123,8 @@ def noise_level(config, step, row):
 
 
 def draw_retrieval(config, base, encoder, clips, rows, step):
-    """Stage 1: choose Ω in a history of each clip; the target is H_Ω. clips: the global batch; rows: which of
-    them to return."""
+    """Stage 1: choose Ω in a history of each clip; the target is H_Ω. clips: the global batch; rows: which of them to
+    return."""
     history = min(base.history, *(encoder.whole(clip.frames) for clip in clips))
     batches = []
     for row in rows:
@@ -165,8 +165,8 @@ def mask_history(high, low, omega, rt, g):
 
 
 def train(config, stage, model, base, processes, clips, held_out, draw, draw_held_out):
-    """Train `model` on `clips`. draw(clips, rows, step) -> Batch makes a training batch, draw_held_out a
-    validation batch."""
+    """Train `model` on `clips`. draw(clips, rows, step) -> Batch makes a training batch, draw_held_out a validation
+    batch."""
     device, main = processes.device, processes.rank == 0
     ema = EMA(model, config.ema)
     optimizers = make_optimizers(model, config.optimizer, config.lr, config.encoder_lr)

@@ -113,8 +113,8 @@ def score_sections(made, clips, first):
 def continue_runs(runs, name, base, clips, first, sections, config, select):
     """[Row]: the same clips continued with each run, and scored.
 
-    name: of the file that keeps this in a run's folder; select: (n, S, F, H, W, 3) -> the pictures of a Row,
-    (k, F', H, W, 3).
+    name: of the file that keeps this in a run's folder; select: (n, S, F, H, W, 3) -> the pictures of a Row, (k, F', H,
+    W, 3).
     """
 
     def measure(folder):

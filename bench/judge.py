@@ -198,8 +198,8 @@ class Transient(Exception):
 def parse_answer(text):
     """A model's words -> "yes", "no", "refusal" or "unparsable".
 
-    Only a leading yes or no counts, and only if nothing after it could take it back. A reasoning model's
-    <think> ... </think> is skipped.
+    Only a leading yes or no counts, and only if nothing after it could take it back. A reasoning model's <think> ...
+    </think> is skipped.
     """
     text = THINKING.sub("", text)
     found = ANSWER.match(text)

@@ -96,8 +96,8 @@ def stories(config, base):
 
 
 def label(config):
-    """(method, rate) of a run as the tables name it; the rate is "" for methods that have none, and the window's
-    length for a sliding window."""
+    """(method, rate) of a run as the tables name it; the rate is "" for methods that have none, and the window's length
+    for a sliding window."""
     name, method = config["method"], find_method(config["method"])
     frozen, fresh = config.get("freeze_encoder"), config.get("encoder") == "none" and method.has_stage1
     if frozen or fresh:

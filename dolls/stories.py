@@ -1,8 +1,8 @@
 """Stories of the paper-doll world: who and what appears where, section by section.
 
 A story is a list of shots, one per section. The caption of a shot says everything about its picture EXCEPT what has to
-be remembered (colours, patterns, emblem, hair, glasses, layout of the background): a model that still knows the
-earlier sections knows the one right picture; a model that forgot them can only guess.
+be remembered (colours, patterns, emblem, hair, glasses, layout of the background): a model that still knows the earlier
+sections knows the one right picture; a model that forgot them can only guess.
 """
 
 from dataclasses import dataclass
@@ -217,8 +217,8 @@ def make_story(seed, sections=11):
     """seed -> Story. A longer story of the same seed begins with the shots of the shorter one.
 
     Three of the sections 0..3 introduce everything, each in a new scene and in wide framing. The fourth, and every
-    section after them, shows only what was shown before: it is askable. Half of the stories have a single character
-    and half a single thing, because recalling the only one is easier than telling two apart.
+    section after them, shows only what was shown before: it is askable. Half of the stories have a single character and
+    half a single thing, because recalling the only one is easier than telling two apart.
     """
     rng = np.random.default_rng(seed)
     scenes = tuple(make_scene(rng, KINDS[i]) for i in rng.permutation(len(KINDS))[:3])

@@ -129,7 +129,9 @@ def test_sample_writes_nothing_that_is_not_finite(capsys):
     checkpoint = write_checkpoint(change=lambda state: state["dit.head.head.weight"].fill_(3e38))
     with pytest.raises(SystemExit) as stop:
         run(sample.main, "--history", "good.mp4", "--checkpoint", checkpoint, "--save_file", "made/a.mp4")
-    assert stop.value.code == 1 and f"error: {checkpoint} makes numbers that are not finite" in capsys.readouterr().err
+    assert (
+        stop.value.code == 1 and f"error: {checkpoint} generated numbers that are not finite" in capsys.readouterr().err
+    )
     assert not [p for p in Path("made").rglob("*") if p.is_file()]
 
 
@@ -198,7 +200,7 @@ def test_stages_refuse_checkpoints_of_another_kind(refused, cache, stage1):
     assert "shape" in refusal(pretrain, init="wide.safetensors")
     assert "pickle.safetensors" in refusal(pretrain, init="pickle.safetensors")
     said = refusal(pretrain, init=stage1 / "model.safetensors", preset="nano")
-    assert "is of --preset tiny, not nano" in said
+    assert "was trained with --preset tiny, not nano" in said
     for damage in "{", "[]", "{}":
         save_file({"x": torch.zeros(1)}, "damaged.safetensors", {"config": damage})
         assert "header of damaged.safetensors is damaged" in refusal(finetune, encoder="damaged.safetensors")

@@ -25,8 +25,8 @@ def encode_memory(base, model, high):
 
 @torch.no_grad()
 def test_the_model_remembers_and_obeys(tmp_path):
-    """The next section of 8 held-out stories: better with the memory of its own story than with another's or none,
-    and in the place that the prompt asks for."""
+    """The next section of 8 held-out stories: better with the memory of its own story than with another's or none, and
+    in the place that the prompt asks for."""
     base, config = open_base("nano"), read_config(SHIPPED)
     model = load_model(SHIPPED, base)
     assert config["stage"] == "finetune" and config["preset"] == "nano"

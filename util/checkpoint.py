@@ -20,8 +20,8 @@ FREE += ("sample_steps", "sample_shift", "vae")
 def save(config, stage, step, model, ema, optimizers, exports):
     """Write model.safetensors, the averaged weights that sample.py and eval.py read, and state.pt for --resume.
 
-    exports(tensors) -> {file name: {name: tensor}}: further files of these weights, for other programs.
-    state.pt comes last: a run killed between two files resumes from the older one and writes the others again.
+    exports(tensors) -> {file name: {name: tensor}}: further files of these weights, for other programs. state.pt comes
+    last: a run killed between two files resumes from the older one and writes the others again.
     """
     out, names = Path(config.out), model.saved_names()
 

@@ -254,8 +254,8 @@ def read_video(path, fps, height, width, start=0.0, seconds=None):
 
 
 def stream_video(path, fps, height, width, start=0.0, seconds=None):
-    """Yield the frames of a video, (height, width, 3) uint8 arrays, one at a time. Frame k is what is on screen
-    `start + k / fps` seconds after the first frame, by the time stamps, never by the nominal frame rate.
+    """Yield the frames of a video, (height, width, 3) uint8 arrays, one at a time. Frame k is what is on screen `start
+    + k / fps` seconds after the first frame, by the time stamps, never by the nominal frame rate.
 
     seconds: read at most this many; a shorter file gives fewer frames, a still picture one. A damaged file gives what
     can be decoded, and a warning on stderr. Raises UserError if the file cannot be read or ends before `start`.

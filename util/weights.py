@@ -78,9 +78,9 @@ def read_config(path):
 def load_weights(module, files, rename=None, names=None, device="cpu", dtype=None):
     """Read the tensors of `module` from safetensors files, strictly. Nothing changes unless everything fits.
 
-    rename(name in the file) -> name here, or None to skip it; names: only these tensors of the module.
-    Each tensor goes straight to `device` and to dtype(name, tensor here), by default the module's own dtype, so a
-    module built on the meta device never takes more memory than in the end.
+    rename(name in the file) -> name here, or None to skip it; names: only these tensors of the module. Each tensor goes
+    straight to `device` and to dtype(name, tensor here), by default the module's own dtype, so a module built on the
+    meta device never takes more memory than in the end.
     Raises UserError naming a missing, extra, wrong-shaped or non-finite tensor.
     """
     wanted = {name: tensor for name, tensor in module.state_dict().items() if names is None or name in names}
