@@ -24,7 +24,7 @@ from encoder import Memory, MemoryDiT, load_model
 from model import sample
 from util.cli import Failure, UserError, load_object, parse_flags, run_main, warn
 from util.device import autocast, peak_memory, pick_device
-from util.files import check_output, shipped
+from util.files import check_output, same_path, shipped
 from util.folder import stream_clip, warn_past_end
 from util.sheets import COLUMNS, SectionSheet
 from util.storyboard import parse_storyboard, prompt_at, storyboard_beside
@@ -137,9 +137,8 @@ def copy_history(frames, writer, config, base):
         writer.write(frame[None])
         held.append(frame)
         n_frames += 1
-    n = n_frames
-    if most is not None:  # beside whole sections, a causal codec has one frame that stands alone
-        n = min(n, most * section + base.codec.causal)
+    # beside whole sections, a causal codec has one frame that stands alone
+    n = n_frames if most is None else min(n_frames, most * section + base.codec.causal)
     if base.codec.causal and n > section:
         # keep whole segments only: waiting frames would outnumber all memory tokens; the oldest frames are dropped
         n = 1 + (n - 1) // section * section
@@ -253,6 +252,7 @@ def check(config):
         if getattr(config, key) is None:
             setattr(config, key, getattr(base, key))
     check_sampler(config)
+    parse_storyboard(config.prompt or "")  # refused now, not after the clip was read
     if n_sections(config, base) < 1:
         raise UserError(f"--seconds {config.seconds} makes no section: give at least {base.section / base.fps:g}")
     if config.init and trained.get("lora"):
@@ -280,7 +280,7 @@ def output_file(config):
     """--save_file or its default. Raises UserError if it, or the contact sheet beside it, may not be written."""
     history = Path(config.history)
     file = Path(config.save_file or f"out/{history.stem}.mp4")
-    if not config.save_file and file.resolve() == history.resolve():
+    if not config.save_file and same_path(file, history):
         file = file.with_stem(file.stem + "_continued")
     for path in (file, file.with_suffix(".png")):
         check_output(path, [history, config.checkpoint, config.prompt])

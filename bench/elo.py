@@ -196,5 +196,7 @@ def elo(argv):
     with atomic_write(out) as temporary:
         temporary.write_text(text, encoding="utf-8")
     with atomic_write(out.with_suffix(".csv")) as temporary, open(temporary, "w", encoding="utf-8", newline="") as f:
-        csv.writer(f, lineterminator="\n").writerows(rows)
+        # a spreadsheet would take a name such as =cmd for a formula
+        safe = [["'" + row[0] if row[0][0] in "=+-@" else row[0], *row[1:]] for row in rows]
+        csv.writer(f, lineterminator="\n").writerows(safe)
     print(f"{text}wrote {out} and {out.with_suffix('.csv')}")

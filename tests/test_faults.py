@@ -328,6 +328,17 @@ def test_hdr_is_named(transfer, name, capsys):
     assert error.count("warning") == 1 and f"hdr.mkv is HDR, {name}" in error, options
 
 
+def test_interlaced_clips_are_named(capsys):
+    with av.open("tv.mpg", "w") as container:
+        stream = container.add_stream("mpeg2video", rate=25, options={"flags": "+ilme+ildct"})
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        for frame in greys(5, 64, 64).numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame)))
+        container.mux(stream.encode(None))
+    read_video("tv.mpg", 25, 32, 32)
+    assert "tv.mpg is interlaced" in capsys.readouterr().err
+
+
 def test_untagged_hd_is_read_as_players_show_it():
     """BT.709 from 720 rows on, BT.601 below: the same numbers are another green."""
     for height in (720, 718):
@@ -484,6 +495,17 @@ def test_a_process_without_its_group(refused, cache, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert "RANK is set but WORLD_SIZE is not" in refused(pretrain.main, *flags(cache, out="r"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="makes pipes and links")
+def test_paths_that_are_no_files(refused):
+    os.mkfifo("pipe")
+    os.symlink("nowhere", "broken")
+    os.symlink("loop", "loop")
+    for name in ("pipe", "broken", "loop"):
+        assert f"{name} is no regular file" in refused(
+            sample.main, "--checkpoint", write_checkpoint(), f"--history={name}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -164,6 +164,8 @@ def exit_code(main, worker):
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         main()
     except (UserError, Failure, OSError) as e:  # OSError: a full disk, a folder that is gone
+        for bar in list(getattr(tqdm, "_instances", ())):  # else the message would stand on a progress bar's line
+            bar.close()
         print(f"error: {e}", file=sys.stderr)
         return 2 if isinstance(e, UserError) else 1
     except torch.OutOfMemoryError as e:

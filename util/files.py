@@ -71,10 +71,15 @@ def check_output(path, inputs=()):
     """
     path = Path(path)
     for given in inputs:
-        if given and Path(given).exists() and path.resolve() == Path(given).resolve():
+        if given and same_path(path, given):
             raise UserError(f"{path} would be written over, but it is an input: give another name")
     refuse_foreign(path)
     _make_part_folder(path).rmdir()
+
+
+def same_path(a, b):
+    """Whether two paths lead to the same place. (Path.resolve would raise on a loop of links.)"""
+    return os.path.realpath(a) == os.path.realpath(b)
 
 
 def check_outputs(stem, endings, inputs=()):
@@ -174,7 +179,7 @@ def is_a(value, kind):
 def inside(folder, name):
     """folder / name, for a name read from a file. Raises UserError if it leads outside the folder."""
     path = Path(folder) / name
-    if not path.resolve().is_relative_to(Path(folder).resolve()):
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise UserError(f"{name} leads out of {folder}: nothing is read from there")
     return path
 

@@ -42,7 +42,8 @@ def to_frames(pixels):
 def open_container(path):
     """Open a video file -> av container. Raises UserError."""
     if not os.path.isfile(path):
-        what = "is a folder" if os.path.isdir(path) else "does not exist"
+        exists = "is no regular file, or a link that leads nowhere" if os.path.lexists(path) else "does not exist"
+        what = "is a folder" if os.path.isdir(path) else exists
         raise UserError(f"{path} {what}: give the path of a video file")
     try:  # "file:" keeps FFmpeg from reading "12:30.mp4" as a network address
         container = av.open(f"file:{path}", metadata_errors="replace")
