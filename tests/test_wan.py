@@ -162,3 +162,10 @@ def test_a_history_is_whole_segments(frames, latents, tokens):
         high = torch.zeros(1, 16, latents, 480 // 8, 832 // 8)
         memory = encoder.encode(high, encoder.downsample(base.codec, high))
     assert memory[0].shape == (1, tokens, base.dit.dim)
+
+
+@pytest.mark.optional
+def test_a_diffusers_that_is_too_old_is_refused_at_the_start(vae, monkeypatch):
+    monkeypatch.setattr("diffusers.__version__", "0.34.1")
+    with pytest.raises(UserError, match="pip install diffusers>=0.35"):
+        open_base("wan-1.3b", vae)
