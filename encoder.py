@@ -117,9 +117,9 @@ class MemoryEncoder(nn.Module):
     attributes say what it needs:
     """
 
-    has_stage1 = True  # it keeps every frame, so frames can be retrieved
+    has_stage1 = True  # it keeps something of every frame, which can be retrieved
     has_rate = True  # the rate decides how many tokens it has
-    may_skip_weights = True  # for DDP: batches without uncompressed frames do not use patch_embedding
+    may_skip_weights = True  # for DDP: some batches may not use patch_embedding
     has_window = False  # --window says how many frames it keeps
     reads_low = False  # forward() reads `low`
 

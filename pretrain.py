@@ -40,7 +40,7 @@ class Config:
     method: str = "proposed"  # the kind of memory: a key of METHODS in encoder.py
     rate: str = None  # compression on the DiT's token grid, rows x columns x frames [the preset's]
     window: int = 1  # latent frames that --method sliding-window keeps
-    data: str = "world"  # "world" (paper dolls), a folder of videos with captions, or a cache made by data.py cache
+    data: str = "world"  # "world" (paper dolls), a folder of videos, a data.py cache, or a dataset as NAME:ARGUMENT
     init: str = "checkpoints/nano-base.safetensors"  # base DiT: a file or folder of weights, or "random"
     lora: int = None  # LoRA rank; 0 trains the whole DiT [the preset's]
     vae: str = ""  # Wan: local folder of its VAE, for PSNR and previews while training

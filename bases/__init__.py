@@ -1,4 +1,5 @@
-"""The bases: what a pretrained video model brings. One base, one file or two; a new one is a file and a line here."""
+"""The bases: what a pretrained video model brings. Each base is one or two files. To add one,
+name it twice here: in the import and in BASES."""
 
 from bases import nano, wan
 from util.cli import UserError

@@ -18,7 +18,7 @@ LONE_VIDEO = "there is only one video, so it is also the held-out one: its score
 def find_videos(folder):
     """All video files below a folder, sorted, without hidden ones (macOS writes ._x.mp4). Raises UserError if none."""
     if not Path(folder).is_dir():
-        raise UserError(f"{folder} is not a folder: give a folder of videos")
+        raise UserError(f"{folder} is not a folder: give a folder of videos (or a name in DATASETS, see data.py)")
     found = sorted(
         path
         for path in Path(folder).rglob("*")
