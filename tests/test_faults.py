@@ -86,6 +86,13 @@ def test_commands_spare_their_inputs_and_what_they_did_not_write(refused):
     assert content("c.mp4", "m.safetensors", "v.md", "story.mp4", "p.txt") == before
 
 
+def test_a_long_prompt_is_no_path():
+    write_video("clip.mp4", 12)
+    common = "--history=clip.mp4", "--checkpoint", write_checkpoint(), "--seconds=2", "--steps=1"
+    run(sample.main, *common, "--prompt", "she opens the door and steps outside " * 20)
+    assert len(read_video("out/clip.mp4", 2, 32, 32)) == 12 + 4
+
+
 def test_what_was_written_here_may_be_written_again_unless_it_was_changed():
     for text in ("one", "two"):
         with atomic_write("a.txt") as part:

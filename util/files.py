@@ -79,7 +79,10 @@ def check_output(path, inputs=()):
 
 def same_path(a, b):
     """Whether two paths lead to the same place. (Path.resolve would raise on a loop of links.)"""
-    return os.path.realpath(a) == os.path.realpath(b)
+    try:
+        return os.path.realpath(a) == os.path.realpath(b)
+    except OSError:  # too long for a path: a prompt, say
+        return False
 
 
 def check_outputs(stem, endings, inputs=()):

@@ -126,7 +126,7 @@ def decode_json(content, where):
     except json.JSONDecodeError as error:
         raise UserError(f"{where}, line {error.lineno}: not JSON ({error.msg})") from None
     except (ValueError, RecursionError):  # a number of thousands of digits, or nesting as deep
-        raise UserError(f"{where}: not JSON of a sensible size; write [[0, 'he walks'], [4, 'he sits']]") from None
+        raise UserError(f'{where}: not JSON of a sensible size; write [[0, "he walks"], [4, "he sits"]]') from None
     return parse_entries(entries, where)
 
 
