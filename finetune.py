@@ -128,6 +128,7 @@ def check_encoder(config):
 
 
 def main():
+    """Check the flags, build model and data, put φ of stage 1 into it, train."""
     config = parse_flags(FinetuneConfig, __doc__)
     check(config)
     check_encoder(config)

@@ -309,9 +309,7 @@ def setup(config):
     _, *rate = parse_rate(config.rate)
     grid = [n // (s * p) for n, s, p in zip(base.sizes[0], base.codec.stride[1:], base.dit.patch[1:])]
     if any(r > 2 * n for r, n in zip(rate, grid)):  # frames are padded up to whole blocks
-        raise UserError(
-            f"--rate {config.rate}: a block is more than twice the size of a frame ({grid[0]}x{grid[1]} tokens)"
-        )
+        raise UserError(f"--rate {config.rate}: a block is more than twice a frame ({grid[0]}x{grid[1]} tokens)")
     for file in ("state.pt", "model.safetensors") if not config.resume else ():
         if (Path(config.out) / file).exists():
             raise UserError(f"--out {config.out} holds a {file} already: go on with --resume, or give another folder")
@@ -322,6 +320,7 @@ def setup(config):
 
 
 def main():
+    """Check the flags, build model and data, train."""
     config = parse_flags(PretrainConfig, __doc__)
     check(config)
     if config.mask not in ("none", "noise"):

@@ -108,7 +108,7 @@ def write_sections(writer, sheet, generated, decode, model, codec, sections):
             writer.write(frames)
             sheet.add(frames)
             seconds += took
-    except (KeyboardInterrupt, SystemExit, torch.OutOfMemoryError, Failure) as stopped:
+    except BaseException as stopped:  # main raises it again, once the sections so far are safe
         if not sheet.kept:
             raise
         return seconds, stopped

@@ -228,7 +228,15 @@ def test_a_stopped_sampling_keeps_its_sections(number, code, capsys, monkeypatch
     assert len(read_video("out/clip.mp4", 2, 32, 32)) == 12 + 2 * 4 and Path("out/clip.png").is_file()
 
 
-@pytest.mark.parametrize("error, says", [(torch.OutOfMemoryError("no room."), "no room."), (None, "not finite")])
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (torch.OutOfMemoryError("no room."), "no room."),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes."), "can't allocate memory"),
+        (MemoryError("no room."), "no room."),
+        (None, "not finite"),
+    ],
+)
 def test_a_failing_sampling_keeps_its_sections(error, says, capsys, monkeypatch):
     write_video("clip.mp4", 12)
     made = []

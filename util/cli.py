@@ -29,6 +29,11 @@ def first_line(error):
     return str(error).partition("\n")[0] or type(error).__name__
 
 
+def is_out_of_memory(error):
+    """Whether an exception means too little memory, of a GPU or of the host, for which torch raises a RuntimeError."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
 @functools.lru_cache
 def warn(message):
     """Print a warning once, above any progress bar."""
@@ -168,18 +173,18 @@ def exit_code(main, worker):
             bar.close()
         print(f"error: {e}", file=sys.stderr)
         return 2 if isinstance(e, UserError) else 1
-    except torch.OutOfMemoryError as e:
-        print(
-            f"error: {first_line(e)} Train with a smaller --micro_batch, sample with fewer --memory_seconds, or "
-            "close what else runs there",
-            file=sys.stderr,
-        )
-        return 1
     except KeyboardInterrupt:
         return 130
     except SystemExit as e:
         return e.code or 0
-    except Exception:
+    except Exception as e:
+        if is_out_of_memory(e):
+            print(
+                f"error: {first_line(e)} Train with a smaller --micro_batch, sample with fewer --memory_seconds, or "
+                "close what else runs there",
+                file=sys.stderr,
+            )
+            return 1
         if not worker:
             raise
         traceback.print_exc()

@@ -15,22 +15,17 @@ from util.cli import UserError
 
 def file_hash(path):
     """SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(f)
+        while block := f.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def shipped(path):
     """The path of a file that comes with the project, found from any working directory."""
     beside = Path(__file__).resolve().parent.parent / path
     return str(beside) if not Path(path).exists() and beside.exists() else path
-
-
-def _digest(file):
-    """hashlib.file_digest for Python 3.10."""
-    digest = hashlib.sha256()
-    while block := file.read(2**20):
-        digest.update(block)
-    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

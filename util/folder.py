@@ -7,9 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
-from util.cli import UserError, first_line, warn
+from util.cli import UserError, first_line, is_out_of_memory, warn
 from util.video import VIDEO_SUFFIXES, read_video, stream_video, video_info
 
 LONE_VIDEO = "there is only one video, so it is also the held-out one: its scores say nothing about other videos"
@@ -58,7 +56,7 @@ def why_unusable(path, error):
     if isinstance(error, UserError):
         return str(error)
     disk = isinstance(error, OSError) and error.errno in (None, errno.ENOSPC, errno.EROFS)
-    if disk or isinstance(error, torch.OutOfMemoryError | MemoryError):
+    if disk or is_out_of_memory(error):
         raise error
     return f"{path} cannot be read ({type(error).__name__}: {first_line(error)})"
 
