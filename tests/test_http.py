@@ -27,7 +27,9 @@ def serve():
                 except OSError:
                     return
                 with connection:
-                    connection.recv(2**16)
+                    request = b""  # all of it: closing on what was not read would reset the connection
+                    while not request.endswith(b"{}"):
+                        request += connection.recv(2**16)
                     try:
                         for piece in pieces:
                             connection.sendall(piece)
