@@ -1,4 +1,4 @@
-"""Long tests, each prints its figures: python -m pytest -q -m stress tests/test_stress.py
+"""Long tests, each prints its figures: python -m pytest -q -n 0 -m stress tests/test_stress.py
 
 They kill runs many times, watch the memory of long runs, and time what saving costs.
 """
