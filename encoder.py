@@ -190,7 +190,7 @@ class MemoryEncoder(nn.Module):
         f, rows, columns = (-(-n // b) for n, b in zip(size, (t, *self.block[1:])))
         positions = token_positions(torch.arange(f), rows, columns) * torch.tensor([t, h, w])
         positions = positions + torch.tensor([start + (t - 1) / 2, (h - 1) / 2, (w - 1) / 2])
-        return positions.to(self.patch_embedding.weight.device)
+        return positions.to(self.patch_embedding.weight.device, non_blocking=True)
 
     def embed_frames(self, latents, times):
         """Uncompressed frames (B, C, F, H, W) at times (F,) -> (tokens (B, F*rows*columns, D), positions (M, 3))."""

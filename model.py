@@ -231,7 +231,7 @@ class DiT(nn.Module):
     def init_weights(self):
         for m in self.modules():
             if isinstance(m, nn.Linear):
-                nn.init.xavier_uniform_(m.weight)
+                m.weight.data.copy_(nn.init.xavier_uniform_(m.weight.data.float()))  # the same in any dtype
                 nn.init.zeros_(m.bias)
         for m in (*self.text_embedding, *self.time_embedding):
             if isinstance(m, nn.Linear):

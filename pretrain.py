@@ -193,13 +193,13 @@ def train(config, stage, model, base, processes, clips, held_out, draw, draw_hel
                 (loss * processes.world_size / config.batch).backward()  # DDP averages over processes: undo it
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(ema.params, config.clip_grad)
+        mean_loss, norm, stop = processes.sum_loss(total / config.batch, norm, run.signals)
         if run.is_finite(norm, step):
             for optimizer in optimizers:
                 optimizer.step()
             ema.update(step)
         ddp.zero_grad(set_to_none=True)
-        mean_loss, stop = processes.sum_loss(total / config.batch, run.signals)
-        record = {"step": step + 1, "loss": mean_loss, "grad_norm": norm.item()}
+        record = {"step": step + 1, "loss": mean_loss, "grad_norm": norm}
         due = step + 1 == config.steps or (step + 1) % config.save_every == 0
         if due:
             with ema.swapped():

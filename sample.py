@@ -195,9 +195,9 @@ def open_model(config, base, device):
         if config.merge:
             base.merge_lora(model.dit)
         return model
-    model = MemoryDiT(base)
+    with base.random_frozen(device):
+        model = MemoryDiT(base)
     if base.lora:
-        base.cast_frozen(model.dit, device)
         base.add_lora(model.dit, base.lora)  # as in a trained model
     return model.to(device).eval()
 

@@ -1,12 +1,14 @@
 """What every base has: sizes, defaults, a codec, prompts, and how the weights of its DiT are read and written."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from bases.lora import add_lora, merge_lora
 from bases.names import comfy_name, wan_name
-from model import DiTConfig
+from model import Block, DiTConfig
 from util.device import compute_dtype
 from util.weights import load_weights, own_config, weight_files
 
@@ -57,11 +59,23 @@ class Base:
 
         load_weights(dit, files, rename, device=device, dtype=dtype)
 
-    def cast_frozen(self, dit, device):
-        """Cast a DiT of random weights to the dtypes of a loaded, frozen one."""
-        dtype = frozen_dtype(device)
-        for name, p in dit.named_parameters():
-            p.data = p.data.to(dtype(name, p))
+    @contextmanager
+    def random_frozen(self, device):
+        """A DiT made in here has random weights in the dtypes of a loaded, frozen one, if this base has a LoRA.
+
+        Each block is cast as soon as it is made: the whole DiT never exists in float32.
+        """
+
+        def cast(parent, name, module):
+            for p in module.parameters() if isinstance(module, Block) else ():
+                p.data = p.data.to(dtype(f"blocks.{name}", p))
+
+        dtype, hook = frozen_dtype(device), register_module_module_registration_hook(cast) if self.lora else None
+        try:
+            yield
+        finally:
+            if hook:
+                hook.remove()
 
     def add_lora(self, dit, rank):
         """Freeze the DiT and put a LoRA of this rank beside the linear layers of its blocks."""

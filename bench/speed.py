@@ -384,12 +384,10 @@ def speed(argv):
     title = f"{config.preset} on {describe_machine(device)}"
     print(f"{title}, torch {torch.__version__}")
     torch.manual_seed(0)
-    with device:
+    with device, base.random_frozen(device):  # the dtypes in which it is sampled from and trained beside a LoRA
         model = MemoryDiT(base, "proposed", config.rate)
         torch.nn.init.normal_(model.dit.head.head.weight, std=0.02)  # it starts at zero, which would hide errors
     model.dit.recompute = base.recompute
-    if base.lora:  # the DiT has the dtypes of a frozen one: so it is sampled from and trained beside a LoRA
-        base.cast_frozen(model.dit, device)
     try:
         with autocast(device):
             rate = measure_dit(config, base, model)

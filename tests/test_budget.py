@@ -1,6 +1,7 @@
 """budget: its predictions against tokens, FLOPs and tensors that are counted while the real modules run, on tensors
 without content where they are large."""
 
+import contextlib
 import dataclasses
 import re
 import weakref
@@ -178,6 +179,23 @@ def test_the_most_that_sampling_needs_in_a_block(preset, lora, monkeypatch):
             dit(x, t, text, None, memory)
     denoising, _ = budget.sampling_memory(base, 1 if lora else 0, 0, M + frames * 30 * 52)
     assert live.most < denoising["inside one block"] < 1.2 * live.most
+
+
+def test_a_random_frozen_dit_is_never_in_float32(monkeypatch):
+    """Made in the dtypes of a loaded one, it has the numbers of one that is cast afterwards, at little more memory than
+    it takes in the end."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    base, made = tiny_base("tiny-wan"), []
+    config = dataclasses.replace(base.dit, layers=12)
+    for frozen in (contextlib.nullcontext(), base.random_frozen("cpu")):
+        torch.manual_seed(0)
+        with Live() as live, frozen:
+            made.append(DiT(config).state_dict())
+    for name, tensor in made[0].items():
+        dtype = torch.bfloat16 if name.startswith("blocks.") and tensor.ndim == 2 else torch.float32
+        assert made[1][name].dtype == dtype and torch.equal(made[1][name], tensor.to(dtype))
+    assert live.most < 1.3 * sum(x.nbytes for x in made[1].values())
+    assert {p.dtype for p in DiT(config).parameters()} == {torch.float32}  # only in the context
 
 
 @pytest.mark.optional

@@ -96,8 +96,8 @@ def test_diffusers_dit_has_one_dtype_beside_a_frozen_dit(monkeypatch):
     pytest.importorskip("diffusers")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     base = tiny_base("tiny-wan")
-    dit = DiT(base.dit)
-    base.cast_frozen(dit, CPU)
+    with base.random_frozen(CPU):
+        dit = DiT(base.dit)
     theirs = speed.diffusers_dit(dit)
     assert {p.dtype for p in theirs.parameters()} == {torch.bfloat16}
     assert theirs.blocks[0].attn1.to_q.weight.data_ptr() == dit.blocks[0].self_attn.q.weight.data_ptr()

@@ -19,7 +19,7 @@ import finetune
 import pretrain
 from bases.base import Base
 from data import story_clips
-from encoder import METHODS, Memory, MemoryDiT, load_model
+from encoder import METHODS, HighRes, Memory, MemoryDiT, load_model
 from model import noise_levels, sample
 from pretrain import draw_retrieval
 from tests.common import (
@@ -37,7 +37,7 @@ from tests.common import (
     write_video,
 )
 from util.checkpoint import read_log
-from util.optim import make_optimizers, orthogonalize
+from util.optim import Muon, make_optimizers, orthogonalize, share_matrices
 from util.weights import load_weights, read_config
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,6 +158,36 @@ def test_muon_makes_updates_orthogonal():
         assert 0.6 < s.min() and s.max() < 1.25
         u, _, v = torch.linalg.svd(g, full_matrices=False)
         assert F.cosine_similarity((u @ v).flatten(1), made.flatten(1)).min() > 0.95
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_processes_share_the_matrices(world):
+    params = [torch.empty(*shape) for shape in [(4, 4), (16, 4), (4, 4), (4, 2, 2), (64, 64), (32, 32), (4, 16)]]
+    shares = share_matrices(params, world)
+    assert sorted(i for share in shares for some in share.values() for i in some) == list(range(len(params)))
+    assert all(
+        (len(params[i]), params[i][0].numel()) == shape for share in shares for shape in share for i in share[shape]
+    )
+    assert world == 1 or list(shares[0].values()) == [[4]]  # it costs more than all others together
+
+
+def test_muon_updates_are_the_same_in_shares(monkeypatch):
+    """What two processes exchange adds up to what one makes alone, though neither makes all of it."""
+    net, alone, halves = HighRes(4, (8, 8, 16), (2, 4, 4), 8), [], []
+    params = [p for p in net.parameters() if p.ndim in (2, 5)]
+    for seed, p in enumerate(params):
+        p.grad = randn(*p.shape, seed=seed)
+    for world in 1, 2:
+        for rank in range(world):
+            with monkeypatch.context() as m:
+                if world > 1:
+                    for name, value in dict(
+                        is_initialized=True, get_rank=rank, get_world_size=2, all_reduce=None
+                    ).items():
+                        m.setattr(torch.distributed, name, lambda *given, value=value: value)
+                (alone if world == 1 else halves).append(Muon(params, 0.1).updates(params, 0.95))
+    for whole, a, b in zip(*alone, *halves):
+        assert torch.allclose(a + b, whole, atol=1e-3) and whole.any() and (a.any() != b.any())
 
 
 def peaks(model, **changes):

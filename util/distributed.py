@@ -37,13 +37,17 @@ class Processes:
         if self.rank == 0:
             self.barrier()
 
-    def sum_loss(self, loss, signals):
-        """(the sum of all ranks' losses, the signal that stops all of them after this step, or 0)."""
-        reduced = torch.stack([loss, torch.full_like(loss, max(signals, default=0))])
+    def sum_loss(self, loss, norm, signals):
+        """(the sum of all ranks' losses, the gradient's norm, the signal that stops all after this step, or 0).
+
+        The only place where a training step waits for the GPU.
+        """
+        reduced = torch.stack([loss, norm, torch.full_like(loss, max(signals, default=0))])
         if self.world_size > 1:
             dist.all_reduce(reduced[:1])
             dist.all_reduce(reduced[1:], dist.ReduceOp.MAX)
-        return reduced[0].item(), int(reduced[1])
+        loss, norm, signal = reduced.tolist()
+        return loss, norm, int(signal)
 
     def sum_dicts(self, dicts):
         """Each of these {name: number} summed over all ranks."""
@@ -115,11 +119,15 @@ def start_processes(device_name, timeout=None, tensors=True):
     for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise UserError(f"RANK is set but {name} is not: start with torchrun, or unset RANK")
+    backend = dict(backend="gloo")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        cards = torch.cuda.device_count()
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % cards)
         torch.cuda.set_device(device)
-    nccl = dict(backend="nccl", device_id=device) if device.type == "cuda" and tensors else dict(backend="gloo")
-    dist.init_process_group(timeout=timeout or timedelta(hours=2), **nccl)
+        # NCCL refuses two processes on one card
+        if tensors and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) <= cards:
+            backend = dict(backend="nccl", device_id=device)
+    dist.init_process_group(timeout=timeout or timedelta(hours=2), **backend)
     return Processes(device, dist.get_rank(), dist.get_world_size())
 
 

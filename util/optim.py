@@ -4,6 +4,7 @@ import contextlib
 import math
 
 import torch
+import torch.distributed as dist
 
 from util.device import compute_dtype
 
@@ -24,7 +25,9 @@ def orthogonalize(g, steps=5):
 class Muon(torch.optim.Optimizer):
     """Momentum, then an orthogonal update, for matrices and convolutions (output x everything else).
 
-    torch.optim.Muon takes 2D parameters only, one by one, in bf16; here matrices of one shape share their products.
+    torch.optim.Muon takes 2D parameters only, one by one, in bf16; here matrices of one shape share their products, and
+    several processes share the work: each orthogonalizes some of the matrices, then all get all of them. All have the
+    same gradients and keep all momenta, so any of them can save the state.
     """
 
     def __init__(self, params, lr, momentum=0.95):
@@ -34,26 +37,45 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         """One update; parameters without a gradient stay as they are."""
         for group in self.param_groups:
-            by_shape = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    by_shape.setdefault((len(p), p[0].numel()), []).append(p)
-            for params in by_shape.values():
-                self.update(params, group["lr"], group["momentum"])
+            params = [p for p in group["params"] if p.grad is not None]
+            for p, update in zip(params, self.updates(params, group["momentum"])):
+                p.add_(update.view_as(p), alpha=-group["lr"] * max(1, len(p) / p[0].numel()) ** 0.5)
 
-    def update(self, params, lr, momentum):
-        """Update parameters of one shape together."""
+    def updates(self, params, momentum):
+        """The orthogonal updates of these parameters, in their order, the same on every process."""
+        if not params:
+            return []
         for p in params:
             if not self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        grads = torch.stack([p.grad.flatten(1) for p in params])
-        momenta = torch.stack([self.state[p]["momentum"].flatten(1) for p in params])
-        momenta.lerp_(grads, 1 - momentum)
-        updates = orthogonalize(grads.lerp_(momenta, momentum))  # Nesterov
-        rows, columns = grads.shape[1:]
-        for p, m, u in zip(params, momenta, updates):
-            self.state[p]["momentum"].copy_(m.view_as(p))
-            p.add_(u.view_as(p), alpha=-lr * max(1, rows / columns) ** 0.5)
+        momenta, grads = [self.state[p]["momentum"] for p in params], [p.grad for p in params]
+        torch._foreach_lerp_(momenta, grads, 1 - momentum)
+        nesterov = torch._foreach_lerp(grads, momenta, momentum)
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        sizes = [p.numel() for p in params]
+        flat = torch.zeros(sum(sizes), device=params[0].device)  # zero where another process fills it in
+        updates = flat.split(sizes)
+        for members in share_matrices(params, world_size)[rank].values():
+            made = orthogonalize(torch.stack([nesterov[i].flatten(1) for i in members]))
+            torch._foreach_copy_([updates[i] for i in members], list(made.flatten(1)))
+        if world_size > 1:
+            dist.all_reduce(flat)
+        return updates
+
+
+def share_matrices(params, world_size):
+    """For each process, {(rows, columns): indices of the parameters of this shape that it orthogonalizes}.
+
+    The most expensive come first, each for the process with the least work so far.
+    """
+    shapes = [(len(p), p[0].numel()) for p in params]
+    costs = [rows * columns * min(rows, columns) for rows, columns in shapes]
+    work, shares = [0] * world_size, [{} for _ in range(world_size)]
+    for i in sorted(range(len(params)), key=lambda i: -costs[i]):
+        process = work.index(min(work))
+        work[process] += costs[i]
+        shares[process].setdefault(shapes[i], []).append(i)
+    return shares
 
 
 def make_optimizers(model, optimizer, lr, encoder_lr=1.0):
@@ -77,7 +99,8 @@ def make_optimizers(model, optimizer, lr, encoder_lr=1.0):
         return [dict(params=some, peak=rate) for rate, some in by_peak.items()]
 
     def adamw(param_groups):
-        return torch.optim.AdamW(param_groups, betas=(0.9, 0.99), weight_decay=0.0)
+        fused = next(model.parameters()).device.type == "cuda"  # one kernel for many tensors
+        return torch.optim.AdamW(param_groups, betas=(0.9, 0.99), weight_decay=0.0, fused=fused)
 
     if optimizer == "adamw":
         return [adamw(groups(params, lr))]

@@ -55,7 +55,7 @@ class Run:
 
     def is_finite(self, norm, step):
         """Whether the gradient of this norm can be used; counts steps that are skipped. The same on every rank."""
-        if norm.isfinite():
+        if math.isfinite(norm):
             self.skipped = 0
             return True
         self.skipped += 1
