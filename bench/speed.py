@@ -15,13 +15,13 @@ import torch
 from tqdm import tqdm
 
 from bases import open_base
-from bases.names import wan_name
 from bench.budget import encoder_cost, flops, frame_tokens, memory_tokens, print_table, random_history, short
+from bench.nets import compiled_twin, diffusers_dit
 from bench.plots import plot
 from bench.report import write_csv
 from bench.runs import describe_machine
 from encoder import MemoryDiT, find_method
-from model import DiT, add_noise
+from model import add_noise
 from util.cli import UserError, parse_flags
 from util.device import autocast, compute_dtype, peak_memory, pick_device
 from util.distributed import compile_blocks
@@ -93,6 +93,8 @@ def time_shares(job, device):
         job()
     spent = dict.fromkeys([*KINDS, "other"], 0.0)
     for event in profiler.key_averages():
+        if event.device_type != torch.autograd.DeviceType.CPU:  # a kernel: its time is that of the operation too
+            continue
         kind = next((kind for kind, names in KINDS.items() if re.search(names, event.key)), "other")
         spent[kind] += event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
     total = sum(spent.values())
@@ -101,48 +103,6 @@ def time_shares(job, device):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The DiT and φ
-
-
-def diffusers_dit(dit):
-    """diffusers' WanTransformer3DModel that shares the matrices of `dit`; None where diffusers is not installed."""
-    try:
-        from diffusers import WanTransformer3DModel
-    except ImportError:
-        return None
-    c, weights = dit.config, dit.state_dict()
-    with torch.device("meta"):
-        theirs = WanTransformer3DModel(
-            patch_size=c.patch,
-            num_attention_heads=c.heads,
-            attention_head_dim=c.dim // c.heads,
-            in_channels=c.in_dim,
-            out_channels=c.out_dim,
-            text_dim=c.text_dim,
-            freq_dim=c.freq_dim,
-            ffn_dim=c.ffn_dim,
-            num_layers=c.layers,
-            cross_attn_norm=True,
-            qk_norm="rms_norm_across_heads",
-            eps=c.eps,
-            rope_max_seq_len=1024,
-        )
-    theirs.load_state_dict({name: weights[wan_name(name)] for name in theirs.state_dict()}, assign=True)
-    for p in theirs.parameters():  # all in one dtype: with its weight in another one, their RMSNorm is not fused
-        p.data = p.data.to(dit.blocks[0].self_attn.q.weight.dtype)
-    theirs.rope = type(theirs.rope)(c.dim // c.heads, c.patch, 1024)  # its tables are not in the state dict
-    if dit.recompute:
-        theirs.enable_gradient_checkpointing()
-    return theirs.to(dit.head.head.weight.device)
-
-
-def compiled_twin(dit):
-    """A DiT with compiled blocks that shares the weights of `dit`."""
-    with torch.device("meta"):
-        twin = DiT(dit.config)
-    twin.load_state_dict(dit.state_dict(), assign=True)
-    twin.recompute = dit.recompute
-    compile_blocks(twin)
-    return twin
 
 
 def dit_jobs(nets, x, t, text):
@@ -227,23 +187,36 @@ def compare_times(config, base, names, times, n):
 # A training step
 
 
-def training_step(config, base, model):
-    """A function that runs a training step of stage 2 after a full history, without the optimizer: forward and backward
-    pass of the DiT and φ on random data."""
+def training_step(config, base, model, latents=None, update=lambda: None):
+    """A function that runs a training step after a full history: forward and backward pass of the DiT and φ on random
+    data, then update().
+
+    latents: how many are denoised; by default a section, as in stage 2.
+    """
     device, c, B = next(model.parameters()).device, base.dit, config.batch
     high, low = (x.expand(B, *x.shape[1:]) for x in random_history(base, config.rate, base.history, device))
-    target, t = high[:, :, : base.section], torch.full((B,), 0.5, device=device)
+    target, t = high[:, :, : latents or base.section], torch.full((B,), 0.5, device=device)
     noise, text = torch.randn_like(target), torch.randn(B, c.text_len, c.text_dim, device=device)
-    times = base.history + torch.arange(base.section, device=device)
+    times = base.history + torch.arange(target.shape[2], device=device)
     x_t = add_noise(target, noise, t)
 
     def step():
         with autocast(device):
             v = model(high, low, x_t, t, text, times)
         (noise - target - v).square().flatten(1).mean(1).sum().backward()
+        update()
         model.zero_grad()
 
     return step
+
+
+def step_flops(base, rate, latents, batch):
+    """FLOPs that a training step needs which denoises this many latents; what is recomputed is not counted."""
+    noisy, memory = latents * frame_tokens(base, base.sizes[0]), memory_tokens(base, base.sizes[0], rate, base.history)
+    with torch.device("meta"):
+        phi, _ = encoder_cost(find_method("proposed")(base, rate), base, rate, base.history)
+    # a frozen base needs gradients of its activations, not of its weights
+    return batch * ((2 if base.lora else 3) * flops(base.dit, noisy, memory) + 3 * phi)
 
 
 def measure_training(config, base, model, rate):
@@ -257,10 +230,7 @@ def measure_training(config, base, model, rate):
         model.to(device)
     noisy = base.section * frame_tokens(base, base.sizes[0])
     memory = memory_tokens(base, base.sizes[0], config.rate, base.history)
-    with torch.device("meta"):
-        phi, _ = encoder_cost(find_method("proposed")(base, config.rate), base, config.rate, base.history)
-    # a frozen base needs gradients of its activations, not of its weights
-    needed = config.batch * ((2 if base.lora else 3) * flops(base.dit, noisy, memory) + 3 * phi)
+    needed = step_flops(base, config.rate, base.section, config.batch)
     step = training_step(config, base, model)
     rows = [["", "ms", "share of the matrix products' rate", *["peak GiB"] * (device.type == "cuda")]]
     for name in ("eager", "compiled") if device.type == "cuda" else ("eager",):

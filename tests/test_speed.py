@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.autograd import DeviceType
 
 from bench import budget, speed
 from encoder import MemoryDiT
@@ -52,12 +53,20 @@ def test_time_shares_sorts_operations_by_kind():
 
 @pytest.mark.parametrize("device, expected", [("cpu", [0.1, 0.4, 0.2, 0, 0, 0.3]), ("cuda", [0.5, 0, 0, 0, 0.5, 0])])
 def test_time_shares_adds_up_what_the_profiler_finds(device, expected, monkeypatch):
-    names = ("aten::_softmax", "aten::mm", "aten::addmm", "aten::native_layer_norm", "aten::copy_", "aten::add")
-    cpu_times, gpu_times = (1, 3, 1, 2, 0, 3), (4, 0, 0, 0, 4, 0)
+    names = (
+        "aten::_softmax",
+        "aten::mm",
+        "aten::addmm",
+        "aten::native_layer_norm",
+        "aten::copy_",
+        "aten::add",
+        "kernel",
+    )
+    cpu_times, gpu_times = (1, 3, 1, 2, 0, 3, 0), (4, 0, 0, 0, 4, 0, 8)
     events = [
-        SimpleNamespace(key=name, self_cpu_time_total=cpu_time, self_device_time_total=gpu_time)
-        for name, cpu_time, gpu_time in zip(names, cpu_times, gpu_times)
-    ]
+        SimpleNamespace(key=name, self_cpu_time_total=cpu_time, self_device_time_total=gpu_time, device_type=kind)
+        for name, cpu_time, gpu_time, kind in zip(names, cpu_times, gpu_times, [DeviceType.CPU] * 6 + [DeviceType.CUDA])
+    ]  # the last one is the kernel of an operation above
 
     profiler = SimpleNamespace(key_averages=lambda: events)
     monkeypatch.setattr(torch.profiler, "profile", lambda: contextlib.nullcontext(profiler))

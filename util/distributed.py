@@ -131,9 +131,9 @@ def start_processes(device_name, timeout=None, tensors=True):
     return Processes(device, dist.get_rank(), dist.get_world_size())
 
 
-def compile_blocks(dit):
+def compile_blocks(dit, backend="inductor"):
     """torch.compile the DiT's blocks in place: parameter names stay as they are."""
     # a block is smaller than DDP's buckets: cutting its graph at them would only break up what is fused
     torch._dynamo.config.optimize_ddp = False
     for block in dit.blocks:
-        block.compile()
+        block.compile(backend=backend)
