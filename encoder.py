@@ -188,9 +188,9 @@ class MemoryEncoder(nn.Module):
         t, h, w = self.rate
         t = min(t, size[0])  # a causal codec's lone latent keeps its own time
         f, rows, columns = (-(-n // b) for n, b in zip(size, (t, *self.block[1:])))
-        positions = token_positions(torch.arange(f), rows, columns) * torch.tensor([t, h, w])
-        positions = positions + torch.tensor([start + (t - 1) / 2, (h - 1) / 2, (w - 1) / 2])
-        return positions.to(self.patch_embedding.weight.device, non_blocking=True)
+        frames = torch.arange(f, device=self.patch_embedding.weight.device)  # nothing is copied from the host
+        axes = token_positions(frames, rows, columns).unbind(-1)
+        return torch.stack([x * n + (n - 1) / 2 + first for x, n, first in zip(axes, (t, h, w), (start, 0, 0))], -1)
 
     def embed_frames(self, latents, times):
         """Uncompressed frames (B, C, F, H, W) at times (F,) -> (tokens (B, F*rows*columns, D), positions (M, 3))."""

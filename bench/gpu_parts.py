@@ -68,13 +68,13 @@ class Bench:
     def base(self, preset, vae=""):
         return bases.open_base(tiny_preset(preset) if self.tiny else preset, vae, device=self.device)
 
-    def model(self, base):
+    def model(self, base, lora=True):
         """A MemoryDiT of random weights on the device, with a LoRA where it would be trained with one."""
         torch.manual_seed(0)
         with self.device, base.random_frozen(self.device):
             model = MemoryDiT(base)
             torch.nn.init.normal_(model.dit.head.head.weight, std=0.02)  # at zero it would hide errors
-        if base.lora:
+        if base.lora and lora:
             base.add_lora(model.dit, base.lora)
         model.dit.recompute = base.recompute
         return model

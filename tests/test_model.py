@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import pretrain
+from bench.nets import diffusers_dit
 from data import story_clips
 from encoder import MemoryDiT
 from model import DiT, DiTConfig, add_noise, sample
@@ -157,25 +158,11 @@ def test_the_dit_equals_wan(name, case):
 @pytest.mark.optional
 @torch.no_grad()
 def test_the_dit_equals_that_of_diffusers(tmp_path):
-    diffusers = pytest.importorskip("diffusers")
-    c = CONFIG
-    theirs = diffusers.WanTransformer3DModel(
-        patch_size=c.patch,
-        num_attention_heads=c.heads,
-        attention_head_dim=c.dim // c.heads,
-        in_channels=c.in_dim,
-        out_channels=c.out_dim,
-        text_dim=c.text_dim,
-        freq_dim=c.freq_dim,
-        ffn_dim=c.ffn_dim,
-        num_layers=c.layers,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        eps=c.eps,
-    )
-    randomize(theirs).save_pretrained(tmp_path)  # a folder with diffusers' names
+    pytest.importorskip("diffusers")
+    theirs = diffusers_dit(tiny_dit())
+    theirs.save_pretrained(tmp_path)  # a folder with diffusers' names
     with torch.device("meta"):
-        ours = DiT(c)
+        ours = DiT(CONFIG)
     tiny_base().load_dit(ours, tmp_path)
     x, t, text = randn(2, 4, 3, 4, 6), torch.tensor([300.0, 900.0]), randn(2, 6, 16, seed=1)
     expected = theirs(hidden_states=x, timestep=t, encoder_hidden_states=text, return_dict=False)[0]
