@@ -148,7 +148,8 @@ def write_report(folder, about, results, log):
         {"part": part.name, "seconds": round(seconds, 2), "rows": [asdict(row) for row in rows]}
         for part, rows, seconds in results
     ]
-    texts = "\n".join(report_lines(about, results)), json.dumps({"about": about, "parts": figures}, indent=1), log
+    content = json.loads(json.dumps({"about": about, "parts": figures}), parse_constant=lambda nan: None)
+    texts = "\n".join(report_lines(about, results)), json.dumps(content, indent=1), log
     for name, text in zip(FILES, texts):
         with atomic_write(Path(folder) / name) as part:
             part.write_text(text, encoding="utf-8")

@@ -52,7 +52,8 @@ def test_a_part_that_fails_does_not_stop_the_rest(monkeypatch, capsys):
 
     def sound(bench):
         seen.append(Path("gpu/report.md").read_text())  # the report so far is there already
-        return [Row("speed", 2.0, "s", "below 1", False), Row("kernel", NOT_ON_CPU), Row("gap", 1e-5, met=True)]
+        speed = Row("speed", 2.0, "s", "below 1", False, dict(peak=float("nan")))
+        return [speed, Row("kernel", NOT_ON_CPU), Row("gap", 1e-5, met=True)]
 
     monkeypatch.setattr(gpu, "PARTS", [part("broken", broken), part("sound", sound)])
     with pytest.raises(SystemExit) as stop:
@@ -65,6 +66,7 @@ def test_a_part_that_fails_does_not_stop_the_rest(monkeypatch, capsys):
     log = Path("gpu/log.txt").read_text()
     assert log.startswith("broken\nTraceback") and "and more" in log
     assert [row["value"] for row in figures()["sound"]] == [2.0, NOT_ON_CPU, 1e-5]
+    assert figures()["sound"][0]["figures"] == {"peak": None}  # JSON has no nan
     run(gpu.main, *TINY, "--parts", "sound")  # over its own report
 
 

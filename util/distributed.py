@@ -135,8 +135,8 @@ def compile_blocks(dit, backend="inductor"):
     """torch.compile the DiT's blocks in place: parameter names stay as they are."""
     # a block is smaller than DDP's buckets: cutting its graph at them would only break up what is fused
     torch._dynamo.config.optimize_ddp = False
-    # in Block.forward, the number of tokens and of those of memory change with the history; taken for constants at first,
-    # as is usual, they would make every block compile twice
+    # in Block.forward, the numbers of tokens and of memory tokens change with the history: taken for constants,
+    # they would make every block compile twice
     torch.compiler.config.dynamic_sources = "L['x']:1,L['rotations']:1,L['M']"
     for block in dit.blocks:
         block.compile(backend=backend)
