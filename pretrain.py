@@ -13,7 +13,6 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -28,7 +27,7 @@ from util.device import autocast
 from util.distributed import compile_blocks, start_processes
 from util.files import shipped
 from util.optim import EMA, make_optimizers, set_learning_rate
-from util.run import Run, describe
+from util.run import Run, claim_folder, describe
 from util.weights import own_config, weight_files
 
 
@@ -310,9 +309,7 @@ def setup(config):
     grid = [n // (s * p) for n, s, p in zip(base.sizes[0], base.codec.stride[1:], base.dit.patch[1:])]
     if any(r > 2 * n for r, n in zip(rate, grid)):  # frames are padded up to whole blocks
         raise UserError(f"--rate {config.rate}: a block is more than twice a frame ({grid[0]}x{grid[1]} tokens)")
-    for file in ("state.pt", "model.safetensors") if not config.resume else ():
-        if (Path(config.out) / file).exists():
-            raise UserError(f"--out {config.out} holds a {file} already: go on with --resume, or give another folder")
+    claim_folder(config.out, config.resume, processes)
     model = make_model(config, base, processes.device)
     with processes.main_first():  # rank 0 fills the cache
         clips, held_out = open_dataset(config.data, base, config.cache, config.clips, config.held_out)

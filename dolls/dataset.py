@@ -12,7 +12,7 @@ from tqdm import tqdm
 from dolls.drawing import render
 from dolls.stories import BUILDS, CAPTION_WORDS, FRAMINGS, KINDS, SHAPES, SLOTS, make_story, world_seed
 from util.cli import UserError
-from util.files import atomic_write
+from util.files import atomic_write, check_writable
 from util.video import to_pixels
 from util.weights import open_safetensors
 
@@ -47,6 +47,7 @@ def load_latents(split, count, base, cache):
     digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
     path = Path(cache) / f"world-{split}-{count}-{digest}.safetensors"
     if not path.exists():
+        check_writable(path)
         latents = [encode_story(split, i, base) for i in tqdm(range(count), desc=f"drawing {split} stories")]
         with atomic_write(path, replace=True) as part:
             save_file({"latents": torch.stack(latents)}, part)

@@ -1,5 +1,6 @@
 """What users ran into, one test per kind of fault: the smallest input of each, and others of the same kind."""
 
+import errno
 import json
 import math
 import os
@@ -7,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import av
@@ -35,7 +35,7 @@ from tests.common import (
     write_video,
 )
 from util.cli import UserError, protect_output
-from util.files import atomic_write, parse_json
+from util.files import LOCK, atomic_write, parse_json
 from util.folder import find_videos
 from util.storyboard import parse_storyboard
 from util.video import read_video, video_info
@@ -581,6 +581,66 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_work(refused, sta
         assert "file" in refused(eval_main, command, *sorted(runs.iterdir())[:1], "--out=file/out")
 
 
+TOO_LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "main, given",
+    [
+        (sample.main, ["--history=clip.mp4", "--checkpoint=BAD"]),
+        (sample.main, ["--history=clip.mp4", "--checkpoint=tiny.safetensors", "--save_file=BAD.mp4"]),
+        (sample.main, ["--history=BAD.mp4", "--checkpoint=tiny.safetensors"]),
+        (sample.main, ["--history=clip.mp4", "--checkpoint=tiny.safetensors", "--prompt=BAD.txt"]),
+        (pretrain.main, ["--out=BAD"]),
+        (pretrain.main, ["--out=BAD", "--resume"]),
+        (pretrain.main, ["--init=BAD"]),
+        (pretrain.main, ["--data=BAD"]),
+        (pretrain.main, ["--cache=BAD"]),
+        (finetune.main, ["--encoder=BAD"]),
+        (data.main, ["story", "--out=BAD.mp4"]),
+        (data.main, ["cache", "--videos=videos", "--out=BAD", "--preset=tiny"]),
+        (data.main, ["cache", "--videos=BAD", "--out=out", "--preset=tiny"]),
+        (eval_main, ["elo", "BAD"]),
+        (eval_main, ["elo", "votes.csv", "--out=BAD.md"]),
+        (eval_main, ["retrieval", "--checkpoint=BAD"]),
+        (eval_main, ["table1", "BAD"]),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+@pytest.mark.parametrize("bad", [TOO_LONG, "file/inside", "broken/inside", "loop/inside"])
+def test_paths_that_can_never_be_are_one_line(bad, main, given, refused, monkeypatch):
+    monkeypatch.setattr("dolls.dataset.encode_story", None)  # no story may be drawn first
+    write_checkpoint()
+    write_video("clip.mp4", 12)
+    write_video("videos/clip.mp4", 40)
+    for name in ("file", "votes.csv"):
+        Path(name).write_text("a,b,winner\nx,y,x\n")
+    os.symlink("nowhere", "broken")
+    os.symlink("loop", "loop")
+    if main in (pretrain.main, finetune.main):
+        usual = dict(zip(*[iter(flags("cache", out="out"))] * 2))
+        given = [*(f"{flag}={value}" for flag, value in usual.items()), *given]
+    said = refused(main, *(flag.replace("BAD", bad) for flag in given))
+    assert "[Errno" not in said and (bad[:9] in said or "broken" in said)
+
+
+def test_a_folder_that_may_not_be_entered_is_one_line(refused, cache, monkeypatch):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_file", refuse)  # as root may enter any
+    assert "videos/manifest.json cannot be used (Permission denied): give another path" in refused(
+        pretrain.main, *flags(cache, data="videos", out="r")
+    )
+
+
+def test_no_video_is_blamed_for_a_cache_that_cannot_be_written(refused):
+    for i in range(12):
+        write_video(Path("videos") / f"{i}.mp4", 40, i)
+    Path("file").touch()
+    assert "file is no folder" in refused(pretrain.main, *flags("file", data="videos", out="r"))
+
+
 def test_a_run_folder_that_vanishes_is_one_line(cache, capsys, monkeypatch):
     def vanish(*given, real=pretrain.set_learning_rate):
         if given[1] == 1:
@@ -598,14 +658,52 @@ def test_a_run_folder_that_vanishes_is_one_line(cache, capsys, monkeypatch):
 # Two runs with one --out
 
 
-def test_a_second_run_with_the_same_out_is_refused(cache, refused, tmp_path):
-    script = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from util.files import lock_folder\n"
-    script += "lock = lock_folder('r'); print('locked', flush=True); time.sleep(60)"
-    first = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=tmp_path)
-    assert first.stdout.readline() == b"locked\n"
-    assert "--out r is being written by another run" in refused(pretrain.main, *flags(cache, out="r"))
+@pytest.fixture
+def another_run(tmp_path):
+    """another_run(statement): a process that runs it, prints a line and waits."""
+    started = []
+
+    def start(statement):
+        script = f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\nfrom util.files import *\n{statement}\n"
+        script += "print('locked', flush=True); time.sleep(60)"
+        process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, cwd=tmp_path)
+        started.append(process)
+        assert process.stdout.readline() == b"locked\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def test_a_second_run_with_the_same_out_is_refused_before_its_work(cache, refused, another_run, monkeypatch):
+    first = another_run("lock_folder('r')")
+    for i in range(2):
+        write_video(Path("videos") / f"{i}.mp4", 40, i)
+    with monkeypatch.context() as m:
+        m.setattr(pretrain, "make_model", None)
+        m.setattr("util.cache.cache_video", None)
+        assert "--out r is being written by another run" in refused(pretrain.main, *flags(cache, out="r"))
+        common = data.main, "cache", "--videos=videos", "--preset=tiny", "--device=cpu"
+        assert "--out r is being written by another run" in refused(*common, "--out=r")
     first.kill()  # the lock dies with its process
     first.wait()
-    time.sleep(0.1)
     run(pretrain.main, *flags(cache, out="r", steps=1))
-    assert len(losses("r")) == 1
+    assert len(losses("r")) == 1 and not Path("r", LOCK).exists()
+
+
+def test_a_second_run_with_the_same_file_is_refused(refused, another_run):
+    write_video("clip.mp4", 12)
+    common = "--history=clip.mp4", "--checkpoint", write_checkpoint(), "--seconds=2", "--steps=1", "--save_file=o/a.mp4"
+    first = another_run("writing = atomic_write('o/a.mp4'); writing.__enter__()")
+    assert "o/a.mp4 is being written by another run" in refused(sample.main, *common)
+    first.kill()
+    first.wait()
+    run(sample.main, *common)
+    assert len(read_video("o/a.mp4", 2, 32, 32)) == 12 + 4
+
+
+def test_a_refused_run_leaves_no_folder(cache, refused):
+    refused(pretrain.main, *flags(cache, out="r", data="nowhere"))
+    assert not Path("r").exists()

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from util.cli import UserError, warn
-from util.files import RECORD, atomic_write, file_hash, is_a, parse_json, remove_leftovers
+from util.files import LOCK, RECORD, atomic_write, file_hash, is_a, lock_folder, parse_json, remove_leftovers
 from util.folder import check_skipped, find_videos, name_digest, nearest_size, warn_past_end, why_unusable
 from util.storyboard import parse_entries, prompt_at, storyboard_beside
 from util.video import READING, read_video, to_pixels, video_info
@@ -154,6 +154,7 @@ def write_cache(videos, out, captions_file, base, processes):
     out, paths = Path(out), find_videos(videos)
     if processes.rank == 0:
         check_folder(out)
+        lock_folder(out)
     names = {path: path.relative_to(videos).as_posix() for path in paths}
     captions = find_captions(videos, captions_file, names.values()) if captions_file else None
     if captions or captions is None and any(path.with_suffix(s).is_file() for path in paths for s in (".txt", ".json")):
@@ -176,7 +177,7 @@ def check_folder(out):
     """Raise UserError unless a folder is new, empty, or holds a cache and nothing else."""
     if not out.exists():
         return
-    ours = {"manifest.json", "windows", "videos", RECORD}
+    ours = {"manifest.json", "windows", "videos", RECORD, LOCK}
     foreign = sorted(path.name for path in out.iterdir() if path.name not in ours and not path.name.endswith(".part"))
     if foreign:
         raise UserError(f"--out {out} holds {foreign[0]}, which is not a cache's: give a new folder or an empty one")

@@ -1,7 +1,10 @@
 """The command line: flags from a dataclass, commands, warnings, exit codes."""
 
 import argparse
+import atexit
+import contextlib
 import difflib
+import errno
 import functools
 import importlib
 import inspect
@@ -22,6 +25,12 @@ class UserError(ValueError):
 
 class Failure(Exception):
     """What went wrong on the way and is nobody's mistake in the command: shown as one line, exit code 1."""
+
+
+# of an OSError: a path that can never be used, given by the user. (A disk that is full, a folder that is gone: no.)
+BAD_PATHS = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.EACCES, errno.EPERM}
+AT_END = contextlib.ExitStack()  # closed at the end of a script, however it ends
+atexit.register(AT_END.close)
 
 
 def first_line(error):
@@ -167,8 +176,11 @@ def exit_code(main, worker):
     try:
         # SIGTERM becomes an exception so that half-written files are removed; training has its own handler
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        main()
+        with AT_END:
+            main()
     except (UserError, Failure, OSError) as e:  # OSError: a full disk, a folder that is gone
+        if getattr(e, "errno", None) in BAD_PATHS and e.filename:
+            e = UserError(f"{e.filename} cannot be used ({e.strerror}): give another path")
         for bar in list(getattr(tqdm, "_instances", ())):  # else the message would stand on a progress bar's line
             bar.close()
         print(f"error: {e}", file=sys.stderr)

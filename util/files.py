@@ -5,12 +5,16 @@ import hashlib
 import json
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from util.cli import UserError
+from util.cli import AT_END, UserError
+
+
+class NotWritable(UserError):
+    """Where something was to be written, nothing can be: no fault of what was to be written there."""
 
 
 def file_hash(path):
@@ -69,7 +73,12 @@ def check_output(path, inputs=()):
         if given and same_path(path, given):
             raise UserError(f"{path} would be written over, but it is an input: give another name")
     refuse_foreign(path)
-    _make_part_folder(path).rmdir()
+    check_writable(path)
+
+
+def check_writable(path):
+    """Make the folder of `path`. Raises UserError if nothing can be written there."""
+    _make_part_folder(Path(path)).rmdir()
 
 
 def same_path(a, b):
@@ -88,7 +97,7 @@ def check_outputs(stem, endings, inputs=()):
 
 def refuse_foreign(path):
     """Raise UserError if a file is there that this program did not write, or that was changed since."""
-    if path.is_file() and path.name != LOCK and _read_record(path.parent).get(path.name) != _fingerprint(path):
+    if path.is_file() and _read_record(path.parent).get(path.name) != _fingerprint(path):
         raise UserError(
             f"{path} exists and was not written by this program, or was changed since: give another name, or "
             "move it away"
@@ -105,7 +114,10 @@ def _make_part_folder(path):
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
-        raise UserError(f"{path} cannot be written ({error.strerror}): give one in a folder you may write to") from None
+        in_the_way = [p for p in path.parents if os.path.lexists(p) and not p.is_dir()]
+        reason = f"{in_the_way[0]} is no folder" if in_the_way else error.strerror
+        message = f"{path} cannot be written ({reason}): give one in a folder you may write to"
+        raise NotWritable(message) from None
     return folder
 
 
@@ -123,13 +135,14 @@ def atomic_write(path, replace=False):
     folder = _make_part_folder(path)
     temporary = folder / f".{path.name}"
     try:
-        yield temporary
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        temporary.chmod(folder.stat().st_mode & 0o666)  # like any new file; safetensors makes private ones
-        os.replace(temporary, path)
-        if not replace:
-            _record(path)
+        with nullcontext() if replace else locked(path.with_name(f".{path.name}.lock"), path):
+            yield temporary
+            with open(temporary, "rb+") as f:
+                os.fsync(f.fileno())
+            temporary.chmod(folder.stat().st_mode & 0o666)  # like any new file; safetensors makes private ones
+            os.replace(temporary, path)
+            if not replace:
+                _record(path)
     except (OSError, RuntimeError, SafetensorError) as error:
         # safetensors has its own exception for a full disk; PyTorch closes its file, which fails once more
         cause = error.__context__ if isinstance(error, RuntimeError) else error
@@ -183,28 +196,59 @@ def inside(folder, name):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Locks
+# Locks: of a run's folder until the script ends, of a file while it is written
+
+_held = set()  # the folders that this process has locked
+
+
+@contextmanager
+def locked(path, what):
+    """Hold the lock file `path` in the body; it goes when the body ends, and a lock when its process dies.
+
+    Raises UserError, which calls it `what`, if another process holds it. Where a file system has no locks, all pass.
+    """
+    check_writable(path)
+    file = open(path, "a")
+    try:
+        _lock(file)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            file.close()
+            raise UserError(f"{what} is being written by another run: wait for it, or give another name") from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # on Windows an open file stays
+            os.unlink(path)
+        file.close()
+
+
+def _lock(file):
+    """Raises OSError if another process holds the lock."""
+    if os.name == "nt":
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        return
+    import fcntl
+
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if not os.path.exists(file.name) or not os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+        raise BlockingIOError(errno.EAGAIN, "its holder has just removed it")
 
 
 def lock_folder(folder):
-    """Lock a folder for this process, as long as it lives. Raises UserError if another process holds the lock.
+    """Lock a folder until the script ends. Raises UserError if another process holds the lock."""
+    key, new = os.path.realpath(folder), not os.path.lexists(folder)
+    if key in _held:
+        return
+    if new:
+        AT_END.callback(_remove_empty, key)
+    AT_END.enter_context(locked(Path(folder) / LOCK, f"--out {folder}"))
+    _held.add(key)
+    AT_END.callback(_held.discard, key)
 
-    Returns the open lock file, which must be kept.
-    """
-    check_output(Path(folder) / LOCK)
-    file = open(Path(folder) / LOCK, "a")
-    try:
-        if os.name == "nt":
-            import msvcrt
 
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise UserError(
-            f"--out {folder} is being written by another run: wait for it, or give another folder"
-        ) from None
-    return file
+def _remove_empty(folder):
+    with suppress(OSError):
+        os.rmdir(folder)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from util.cli import UserError, first_line, is_out_of_memory, warn
+from util.files import NotWritable
 from util.video import VIDEO_SUFFIXES, read_video, stream_video, video_info
 
 LONE_VIDEO = "there is only one video, so it is also the held-out one: its scores say nothing about other videos"
@@ -53,11 +54,11 @@ def check_skipped(count, total, folder):
 def why_unusable(path, error):
     """What to say of a file whose reading raised this exception, whatever its kind: one bad file must not end a run of
     thousands. Raises it again if it is not the file's fault: too little memory, a full disk."""
+    disk = isinstance(error, OSError) and error.errno in (None, errno.ENOSPC, errno.EROFS)
+    if disk or isinstance(error, NotWritable) or is_out_of_memory(error):
+        raise error
     if isinstance(error, UserError):
         return str(error)
-    disk = isinstance(error, OSError) and error.errno in (None, errno.ENOSPC, errno.EROFS)
-    if disk or is_out_of_memory(error):
-        raise error
     return f"{path} cannot be read ({type(error).__name__}: {first_line(error)})"
 
 

@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 from util.checkpoint import start_log
-from util.cli import Failure, warn
+from util.cli import Failure, UserError, warn
 from util.files import lock_folder
 
 MOST_SKIPPED = 10  # steps in a row whose gradient is not finite, then the run is given up
@@ -37,6 +37,16 @@ def describe(batch, micro_batch, model, base, processes):
     )
 
 
+def claim_folder(out, resume, processes):
+    """Lock a run's folder, before the work begins. Raises UserError if another run writes there, or if it holds a
+    checkpoint and is not to be resumed."""
+    for name in ("state.pt", "model.safetensors") if not resume else ():
+        if (Path(out) / name).exists():
+            raise UserError(f"--out {out} holds a {name} already: go on with --resume, or give another folder")
+    if processes.rank == 0:
+        lock_folder(out)
+
+
 class Run:
     """One training run, from step `first` on. Ctrl-C and SIGTERM are collected in `signals`: the step is finished, the
     run saved, then it stops."""
@@ -45,7 +55,6 @@ class Run:
         self.stage, self.out, self.steps, self.processes = stage, Path(out), steps, processes
         self.signals, self.skipped, self.started = [], 0, time.time()
         if processes.rank == 0:
-            self.lock = lock_folder(self.out)
             if first >= steps:
                 warn(f"{out} has {first} steps already: --steps {steps} asks for no more")
             start_log(self.out, first)
@@ -97,7 +106,6 @@ class Run:
             else:
                 weights, log = self.out / "model.safetensors", self.out / "log.jsonl"
                 print(f"{self.stage} done: weights {weights}, figures {log}, pictures {self.out}/preview_*.png")
-            self.lock.close()
         self.processes.shutdown()
         if code:
             raise SystemExit(code)
