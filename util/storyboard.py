@@ -1,32 +1,54 @@
 """Prompts by time (storyboards)."""
 
 import json
+import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
-from util.cli import UserError
+from util.cli import UserError, warn
 
-SECONDS = r"(\d+(?:\.\d*)?)(?:\s*s?\s*(?:-|–|to)\s*\d+(?:\.\d*)?)?\s*s"  # 4s, 4.5 s, 0s-3s, 0-3s; group: the start
-CLOCK = r"(?:(\d+):)?(\d{1,2}):(\d{2}(?:[.,]\d+)?)"  # 00:04, 1:02:03.5; groups: hours, minutes, seconds
-STAMPED = re.compile(rf"{SECONDS}\s*:\s*(.*)", re.DOTALL)  # 4s: he sits
-CLOCKED = re.compile(rf"\[?{CLOCK}(?:\s*(?:-|–)\s*[\d:.,]+)?\]?(?:\s*[:–-])?\s+(.*)", re.DOTALL)  # 00:04 he sits
-BRACKETED = re.compile(rf"\[\s*{SECONDS}\s*:\s*([^\]]*)\]")  # [4s: he sits]
-SUBTITLE = re.compile(rf"^(?:\d+[ \t]*\n)?[ \t]*{CLOCK}[ \t]*-->.*$", re.MULTILINE)  # SRT and WebVTT
-SEPARATOR = re.compile(rf"(?:^|\s)/(?=\s|$)|,\s+(?=(?:{SECONDS})\s*:)".replace("(\\d", "(?:\\d"))  # " / ", or a comma
+CLOCK = r"(?:\d+:)?\d{1,2}:\d{2}(?:[.,]\d+)?"  # 00:04, 1:02:03.5
+NUMBER = r"\d+(?:\.\d*)?"
+SECONDS = rf"{NUMBER}\s*(?:s|secs?|seconds?)(?!\w)"  # 4s, 4.5 sec
+TIME = rf"(?:{CLOCK}|{SECONDS}|{NUMBER})"
+TO = r"\s*(?:-|–|—|to)\s*"
+SPAN = rf"{TIME}(?:{TO}{TIME})?"  # 0s-3s, 0-3s, 00:04 - 00:08
+UNITS = rf"(?:{TIME}{TO})?{SECONDS}"  # a span that names its unit
+# a prompt after its time: 4s: he sits, 4s he sits, 4 - he sits, [0-4s] he sits, 00:04 he sits
+STAMPED = re.compile(
+    rf"(?P<open>[\[(])?\s*(?P<span>{SPAN})\s*(?P<close>[\])])?"
+    r"(?:\s*(?P<mark>:|[-–—](?=\s))(?P<gap>\s*)|(?<=[\])])|\s+)(?P<text>.*)",
+    re.DOTALL | re.IGNORECASE,
+)
+BRACKETED = re.compile(rf"\[\s*(?P<span>{UNITS}|{CLOCK}(?=:\s))\s*:(?P<text>[^\]]*)\]", re.IGNORECASE)  # [4s: he sits]
+SUBTITLE = re.compile(  # SRT and WebVTT, also without their line breaks
+    rf"(?:^\d+[ \t]*\n[ \t]*|(?<!\S)\d+[ \t]+)?(?P<span>{CLOCK})[ \t]*-->[ \t]*{CLOCK}(?:[ \t]+[a-z]+:\S+)*",
+    re.MULTILINE,
+)
+# between prompts: a slash, or a comma before a time and a colon; or a space, if times stand in brackets
+SEPARATOR = re.compile(
+    rf"(?:^|\s)/+(?=\s|$)|(?<!\d)\s*/+\s*(?={SPAN}\s*:\s|{UNITS})|[,;|]\s+(?={SPAN}\s*:\s|{UNITS}\s*:)", re.IGNORECASE
+)
+IN_BRACKETS = re.compile(rf"(?:^|\s+)(?=[\[(]\s*(?:{UNITS}|{CLOCK})\s*[\])])", re.IGNORECASE)
 LONGEST = 10**7  # seconds, four months
+ADVICE = '"0s: he walks / 4s: he sits"'
+JSON_ADVICE = '[[0, "he walks"], [4, "he sits"]]'
 # what a person may have meant as a time, though no notation above has it
 UNIT_STAMP = re.compile(
     r"(?<![\w:.])[-+]?\d[\d.,:]*\s*(?:s|secs?|seconds?|m|mins?|minutes?|ms)\s*[:\])]", re.IGNORECASE
 )
 CLOCK_STAMP = re.compile(r"(?<![\d:])\d{1,2}:\d{2}(?!\d)")
+BRACKET_STAMP = re.compile(rf"\[\s*{UNITS}\s*\]", re.IGNORECASE)
 
 
 def parse_storyboard(text_or_path):
     """Read prompts -> list of (seconds, prompt) in temporal order; [] for an empty text. It may be
 
     a plain prompt         which holds from 0 s on
-    prompts with times     0s: a man walks / 4.5s: he sits    (separated by " / ", commas, or on lines of their own)
-                           a man walks [4.5s: he sits], 00:04 he sits (one per line), or SRT
+    prompts with times     0s: a man walks / 4.5s: he sits    (separated by slashes, commas, or on lines of their own)
+                           4.5s he sits, 4.5s - he sits, [4.5s] he sits, [3-6s] he sits, 00:04 he sits, 0: he sits;
+                           a man walks [4.5s: he sits]; SRT; the list of a .json
     the path of a .txt     with one of these; lines that begin with # are comments. Or of an .srt
     the path of a .json    with a list of [seconds, prompt] or {"start": seconds, "text": prompt}
 
@@ -36,8 +58,12 @@ def parse_storyboard(text_or_path):
     text = str(text_or_path).strip()
     suffix = Path(text).suffix.lower() if "\n" not in text else ""
     if not isinstance(text_or_path, Path) and suffix not in {".txt", ".json", ".srt"}:
+        if text and os.path.exists(text):
+            warn(f"the prompt {text} is taken as words, not as the file or folder of that name")
         return parse_text(text, "the prompt")
     try:
+        if os.path.exists(text) and not os.path.isfile(text):  # a pipe would wait for ever
+            raise OSError(0, "it is no file")
         content = Path(text).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise UserError(
@@ -46,11 +72,14 @@ def parse_storyboard(text_or_path):
         ) from None
     if suffix == ".json":
         return decode_json(content, text)
-    return parse_text("\n".join("" if s.lstrip().startswith("#") else s for s in content.splitlines()), text)
+    lines = ["" if s.lstrip().startswith("#") else s for s in content.splitlines()]
+    return parse_text("\n".join(lines), text) or warn(f"{text} holds no prompt") or []
 
 
 def parse_text(text, where):
     """Text in one of the notations above -> list of (seconds, prompt); `where` names it in errors."""
+    if re.match(r'[\[{]\s*[\[{"]', text):
+        return decode_json(text, where)
     if SUBTITLE.search(text):
         return collect(read_subtitles(text))
     if BRACKETED.search(text):
@@ -58,41 +87,64 @@ def parse_text(text, where):
     entries = [
         (f"{where}, line {i + 1}", part.strip())
         for i, line in enumerate(text.splitlines())
-        for part in SEPARATOR.split(line)
+        for piece in (IN_BRACKETS.split(line) if IN_BRACKETS.match(text) else [line])
+        for part in SEPARATOR.split(piece)
         if part.strip()
     ]
-    if any(STAMPED.fullmatch(part) for _, part in entries):
-        return collect(read_stamped(entries))
-    clocks = [CLOCKED.fullmatch(part) for _, part in entries]
-    # "10:30 in the morning" is a plain prompt; a clock that starts at zero, or one on every line, is a time
-    if clocks and all(clocks) and (len(clocks) > 1 or entries[0][1].lstrip("[").startswith("0")):
-        return collect([(place, clock_seconds(c), c[4]) for (place, _), c in zip(entries, clocks)])
+    stamps = [read_stamp(part) for _, part in entries]
+    timed = [stamp for stamp in stamps if stamp]
+    sure = any(stamp.sure for stamp in timed)
+    if sure and None in stamps:
+        place, part = entries[stamps.index(None)]
+        raise UserError(f'{place}: "{part[:40]}" has no time before it; write {ADVICE}')
+    # "10:30 in the morning" is a plain prompt, as is "5s exposure"; from zero on, or in a row, they are times
+    lone = not sure and len(timed) == 1 and re.search(rf"(?<![\w:.])(?:{SECONDS}|{CLOCK})", timed[0].prompt)
+    if timed and None not in stamps and not lone and (sure or timed[0].zero or len(timed) > 1 and not timed[0].bare):
+        return collect([(place, stamp.seconds, stamp.prompt) for (place, _), stamp in zip(entries, stamps)])
     meant = [place for place, part in entries if UNIT_STAMP.match(part)]
-    if meant or len(UNIT_STAMP.findall(text)) + len(CLOCK_STAMP.findall(text)) > 1:
+    many = len(UNIT_STAMP.findall(text)) + len(CLOCK_STAMP.findall(text))
+    if meant or many > 1 or len(timed) > 1 or lone and timed[0].zero or BRACKET_STAMP.search(text):
         place = (meant or [where])[0]
-        raise UserError(f'{place}: "{text[:40]}" seems to hold times; write "0s: he walks / 4s: he sits"')
+        raise UserError(f'{place}: "{text[:40]}" seems to hold times; write {ADVICE}')
     prompt = " ".join(text.split())
     return [(0.0, prompt)] if prompt else []
 
 
-def read_stamped(entries):
-    """`4s: he sits`: every entry (place, text) has its time -> (place, seconds, prompt)."""
-    for place, part in entries:
-        stamp = STAMPED.fullmatch(part)
-        if stamp is None:
-            raise UserError(f'{place}: "{part[:40]}" has no time before it; write "4s: he sits"')
-        yield place, float(stamp[1]), stamp[2]
+@dataclass
+class Stamp:
+    """A prompt after its time, and how sure it is that this is a time."""
+
+    seconds: float
+    prompt: str
+    sure: bool  # a colon or brackets say so
+    bare: bool  # a number without a unit, which may be anything
+    zero: bool  # where a storyboard would start
+
+
+def read_stamp(part):
+    """`4s: he sits` -> Stamp; None if there is no time before the prompt."""
+    match = STAMPED.fullmatch(part)
+    if match is None or bool(match["open"]) != bool(match["close"]):
+        return None
+    span, colon = match["span"].lower(), match["mark"] in (":", "=")
+    bare = ":" not in span and "s" not in span
+    if bare and not match["open"] and not (match["mark"] and match["gap"]):
+        return None
+    sure = not bare and (match["open"] == "[" or colon and ":" not in span)
+    seconds = start_seconds(span)
+    return Stamp(seconds, match["text"], sure, bare, seconds == 0 or ":" in span and span.startswith("0"))
 
 
 def read_bracketed(text, where):
     """`he walks [4s: he sits]` -> (place, seconds, prompt); what stands before the first bracket holds from 0 s on."""
-    first, *rest = BRACKETED.split(text)
-    if first.strip():
-        yield where, 0.0, first
-    for seconds, prompt, after in zip(rest[::3], rest[1::3], rest[2::3]):
-        if after.strip(" \n,;/"):
-            raise UserError(f'{where}: "{after.strip()[:40]}" has no time before it; write "[4s: he sits]"')
-        yield f"{where}, [{seconds}s", float(seconds), prompt
+    matches = list(BRACKETED.finditer(text))
+    if text[: matches[0].start()].strip():
+        yield where, 0.0, text[: matches[0].start()]
+    for match, end in zip(matches, [m.start() for m in matches[1:]] + [len(text)]):
+        after = text[match.end() : end].strip(" \n,;/")
+        if after:
+            raise UserError(f'{where}: "{after[:40]}" has no time before it; write "[4s: he sits]"')
+        yield f"{where}, [{match['span']}", start_seconds(match["span"]), match["text"]
 
 
 def read_subtitles(text):
@@ -100,14 +152,13 @@ def read_subtitles(text):
     stamps = list(SUBTITLE.finditer(text))
     ends = [stamp.start() for stamp in stamps[1:]] + [len(text)]
     for stamp, end in zip(stamps, ends):
-        place = stamp[0].strip().splitlines()[-1]
-        yield place, clock_seconds(stamp), text[stamp.end() : end]
+        yield stamp["span"], start_seconds(stamp["span"]), text[stamp.end() : end].strip(" \n/")
 
 
-def clock_seconds(match):
-    """Seconds of a match of CLOCK."""
-    hours, minutes, seconds = match[1] or 0, match[2], match[3].replace(",", ".")
-    return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+def start_seconds(span):
+    """Seconds at which a SPAN begins."""
+    start = re.match(f"{CLOCK}|{NUMBER}", span)[0].replace(",", ".")
+    return sum(float(part) * 60**k for k, part in enumerate(reversed(start.split(":"))))
 
 
 def collect(entries):
@@ -124,9 +175,9 @@ def decode_json(content, where):
     try:
         entries = json.loads(content)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}, line {error.lineno}: not JSON ({error.msg})") from None
+        raise UserError(f"{where}, line {error.lineno}: not JSON ({error.msg}); write {JSON_ADVICE}") from None
     except (ValueError, RecursionError):  # a number of thousands of digits, or nesting as deep
-        raise UserError(f'{where}: not JSON of a sensible size; write [[0, "he walks"], [4, "he sits"]]') from None
+        raise UserError(f"{where}: not JSON of a sensible size; write {JSON_ADVICE}") from None
     return parse_entries(entries, where)
 
 

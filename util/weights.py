@@ -46,6 +46,8 @@ def open_safetensors(path):
     """Open a safetensors file for reading. Raises UserError for anything else (a pickle, a truncated file)."""
     if Path(path).is_dir():
         raise UserError(f"{path} is a folder: name the file, for example {path}/model.safetensors")
+    if Path(path).is_fifo():  # which would be waited for
+        raise UserError(f"{path} is a pipe: give a file of weights")
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
