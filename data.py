@@ -21,7 +21,7 @@ from util.cache import open_window, read_manifest, write_cache
 from util.cli import UserError, load_object, parse_flags, run_command, run_main, warn
 from util.distributed import start_processes
 from util.files import atomic_write, check_output
-from util.folder import LONE_VIDEO, find_videos, read_clip, report_skipped, split_videos
+from util.folder import find_videos, read_clip, report_skipped, split_videos
 from util.latents import encode_videos
 from util.storyboard import prompt_at
 from util.video_writer import VideoWriter
@@ -174,6 +174,8 @@ def open_dataset(data, base, cache, n_clips, n_held_out):
         found = load_object(DATASETS[name])(argument, base, cache, n_clips, n_held_out)
     elif (Path(data) / "manifest.json").is_file():
         found = cached_clips(data, base, n_held_out)
+    elif not Path(data).is_dir():
+        raise UserError(f"--data {data} is no folder: give one of videos, a cache, or a dataset: {', '.join(DATASETS)}")
     else:
         refuse_uncached(data, base)
         found = video_clips(data, base, cache)
@@ -181,6 +183,8 @@ def open_dataset(data, base, cache, n_clips, n_held_out):
     for clips, purpose in zip(found, ("to train on", "to hold out")):
         if not len(clips) or min(clip.frames for clip in clips) < least:
             raise UserError(f"--data {data}: expected clips {purpose}, each of at least {least} latent frames")
+    if len(found[1]) == 1:
+        warn("one clip is held out, so there is no other whose memory could serve as the wrong one")
     return found
 
 
@@ -220,8 +224,6 @@ def cached_clips(folder, base, n_held_out):
     }
     if not videos:
         raise UserError(f"--data {folder} holds no clip: give data.py cache longer videos")
-    if len(videos) < 2:
-        warn(LONE_VIDEO)
     names, held_names = split_videos(videos)
     train = [clip for name in names for clip in videos[name]]
     # the first window of every held-out video, then the second: a few clips then come from different videos
@@ -242,8 +244,6 @@ def video_clips(folder, base, cache):
     report_skipped(skipped, len(paths), folder)
     train, held_out = split_videos(encoded)
     print(f"{len(train)} videos to train on, {len(held_out)} held out ({', '.join(held_out)}), {len(skipped)} skipped")
-    if len(encoded) < 2:
-        warn(LONE_VIDEO)
     return collect(folder, encoded, train, base), collect(folder, encoded, held_out, base, pixels=True)
 
 

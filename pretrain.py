@@ -253,6 +253,8 @@ def check(config):
     for key in "steps batch micro_batch save_every held_out sample_steps clips window queries".split():
         if getattr(config, key, 1) < 1:
             raise UserError(f"--{key} {getattr(config, key)}: must be at least 1")
+    if getattr(config, "queries", 1) > base.history:
+        raise UserError(f"--queries {config.queries}: a history has {base.history} frames to choose from; give fewer")
     for key in ("lr", "encoder_lr", "clip_grad", "t_std", "sample_shift"):
         if not 0 < getattr(config, key) < math.inf:
             raise UserError(f"--{key} {getattr(config, key)}: must be above 0")
@@ -323,10 +325,7 @@ def main():
     if config.mask not in ("none", "noise"):
         raise UserError(f"--mask {config.mask}: choose none or noise")
     if not find_method(config.method).has_stage1:
-        raise UserError(
-            f"--method {config.method}: it keeps too few frames to retrieve, so it has no stage 1: "
-            f"run finetune.py --method {config.method}"
-        )
+        raise UserError(f"--method {config.method} keeps too few frames to retrieve, so no stage 1: run finetune.py")
     model, base, processes, clips, held_out = setup(config)
     draw = partial(draw_retrieval, config, base, model.encoder)
     # validate on clean histories, without prompts: only memory can answer

@@ -24,7 +24,7 @@ from encoder import Memory, MemoryDiT, load_model
 from model import sample
 from util.cli import Failure, UserError, load_object, parse_flags, run_main, warn
 from util.device import autocast, peak_memory, pick_device
-from util.files import check_output, same_path, shipped
+from util.files import check_output, same_path, shipped, unused
 from util.folder import stream_clip, warn_past_end
 from util.sheets import COLUMNS, SectionSheet
 from util.storyboard import parse_storyboard, prompt_at, storyboard_beside
@@ -306,6 +306,8 @@ def main():
         length = base.section * base.codec.stride[0]
         sheet = SectionSheet(history.newest, history.frames, length, len(texts), base.fps)
         seconds, stopped = write_sections(writer, sheet, generated, decode, model, base.codec, len(texts))
+        if stopped:  # a video from before stays
+            file = writer.path = unused(file, "stopped")
     sheet.save(file.with_suffix(".png"))
     made, peak = len(sheet.kept), peak_memory(device)
     print(f"{seconds / made:.2f} s per section of {length / base.fps:g} s; peak memory {peak:.2f} GiB")

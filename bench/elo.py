@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from util.cli import UserError, parse_flags
 from util.files import atomic_write, check_outputs
@@ -57,27 +58,45 @@ def read_votes(path):
     return names, np.array([(names.index(a), names.index(b), score) for a, b, score in rows])
 
 
-def count_votes(votes, methods):
-    """votes (V, 3) -> how many votes there are of each kind (K,), and the wins of i over j each gives (K, n, n)."""
-    kinds, counts = np.unique(votes, axis=0, return_counts=True)
-    a, b, score = kinds.T
-    wins = np.zeros((len(kinds), methods, methods))
-    wins[range(len(kinds)), a, b] = score / 2
-    wins[range(len(kinds)), b, a] = 1 - score / 2
-    return counts, wins
+@dataclass
+class Pairs:
+    """R sets of votes between the methods a and b of P pairs."""
+
+    a: torch.Tensor  # (P,) index of a method
+    b: torch.Tensor  # (P,)
+    won: torch.Tensor  # (P, R) how often a won, ties count half
+    lost: torch.Tensor  # (P, R)
+
+    def sum(self, for_a, for_b, methods):
+        """(methods, R): what all pairs give their a's, for_a (P, R), and their b's."""
+        total = torch.zeros(methods, for_a.shape[1], dtype=for_a.dtype)
+        return total.index_add_(0, self.a, for_a).index_add_(0, self.b, for_b)
+
+    def reached(self, methods, wins=True, losses=True):
+        """(methods, R) bool: whether a chain leads from the first method to each, where each has beaten the one before
+        (wins), has lost to it (losses), or either."""
+        from_a = (wins & (self.won > 0) | losses & (self.lost > 0)).double()
+        from_b = (wins & (self.lost > 0) | losses & (self.won > 0)).double()
+        reach = torch.zeros(methods, from_a.shape[1], dtype=torch.float64)
+        reach[0], before = 1, None
+        while before is None or not torch.equal(reach, before):
+            before = reach
+            reach = (reach + self.sum(reach[self.b] * from_b, reach[self.a] * from_a, methods)).clamp(max=1)
+        return reach > 0
 
 
-def reachable(edges):
-    """edges (..., n, n) bool -> (..., n, n) bool: whether a chain of edges leads from i to j."""
-    reach = edges | np.eye(edges.shape[-1], dtype=bool)
-    for _ in range(edges.shape[-1].bit_length()):
-        reach = (reach.astype(float) @ reach) > 0
-    return reach
+def pair_votes(kinds, counts):
+    """kinds (K, 3): votes as read_votes() returns them; counts (K, R): how many of each R sets have -> Pairs."""
+    pairs, pair_of = np.unique(kinds[:, :2], axis=0, return_inverse=True)
+    score, counts = torch.from_numpy(kinds[:, 2:] / 2), torch.from_numpy(counts).double()
+    zeros, pair_of = counts.new_zeros(len(pairs), counts.shape[1]), torch.from_numpy(pair_of.ravel())
+    won, lost = (zeros.index_add(0, pair_of, counts * share) for share in (score, 1 - score))
+    return Pairs(*torch.from_numpy(pairs.T.copy()), won, lost)
 
 
-def check_linked(names, wins, path):
-    """Raise UserError if votes link some methods with none of the others. wins: (n, n)."""
-    linked = reachable(wins + wins.T > 0)[0]
+def check_linked(names, pairs, path):
+    """Raise UserError if votes link some methods with none of the others. pairs: one set."""
+    linked = pairs.reached(len(names))[:, 0]
     if not linked.all():
         groups = [", ".join(name for name, x in zip(names, linked) if x == side) for side in (True, False)]
         raise UserError(
@@ -90,46 +109,68 @@ def check_linked(names, wins, path):
 # Ratings
 
 
-def newton_step(theta, wins, prior):
-    """Newton's step (R, n) towards the maximum of the likelihood, from log-strengths theta (R, n); prior: (R, 1)."""
-    n = theta.shape[-1]
-    games, centre = wins + wins.swapaxes(1, 2), np.eye(n) - 1 / n
-    p = 1 / (1 + np.exp(theta[:, None] - theta[:, :, None]))  # of i winning against j
-    q = 1 / (1 + np.exp(-theta))  # of winning against the average opponent
-    gradient = wins.sum(2) - (games * p).sum(2) + prior * (1 - 2 * q)
-    curvature = games * p * (1 - p)
-    own = curvature.sum(2) + 2 * prior * q * (1 - q)
-    # the mean stays 0: strengths are known only up to a constant
-    matrix = centre @ (own[:, :, None] * np.eye(n) - curvature) @ centre + 1 / n
-    return np.linalg.solve(matrix, (gradient @ centre)[..., None])[..., 0]
+def newton_step(theta, pairs, prior):
+    """Newton's step (n, R) towards the maximum of the likelihood, from log-strengths theta (n, R); prior: (R,).
+
+    By conjugate gradients, as each method meets few others: the curvature is never written out as a matrix. The mean
+    stays 0, since strengths are known only up to a constant.
+    """
+    n, games = len(theta), pairs.won + pairs.lost
+    p, q = (theta[pairs.a] - theta[pairs.b]).sigmoid(), theta.sigmoid()  # of a winning; of beating the average opponent
+    surplus, curvature = pairs.won - games * p, games * p * (1 - p)
+    own = 2 * prior * q * (1 - q)
+    diagonal = pairs.sum(curvature, curvature, n) + own
+
+    def centre(x):
+        return x - x.mean(0)
+
+    def curve(x):
+        pull = curvature * (x[pairs.a] - x[pairs.b])
+        return centre(pairs.sum(pull, -pull, n) + own * x)
+
+    rest = centre(pairs.sum(surplus, -surplus, n) + prior * (1 - 2 * q))
+    step, direction, last = torch.zeros_like(theta), torch.zeros_like(theta), torch.ones_like(prior)
+    enough = 1e-3 * rest.norm(dim=0)
+    for _ in range(10 * n):
+        scaled = centre(rest / diagonal)
+        now = (rest * scaled).sum(0)
+        direction = scaled + direction * (now / last)
+        curved = curve(direction)
+        length = now / (direction * curved).sum(0).clamp(min=1e-300)
+        step, rest, last = step + length * direction, rest - length * curved, now.clamp(min=1e-300)
+        if (rest.norm(dim=0) <= enough).all():
+            break
+    return step
 
 
-def fit_strengths(wins):
+def fit_strengths(pairs, methods, start=0.0):
     """Maximum-likelihood Bradley-Terry log-strengths of R sets of votes between n methods.
 
-    wins: (R, n, n), of i over j. Returns the log-strengths (R, n), with mean 0, and which sets (R,) took the prior.
+    start: log-strengths to start from. Returns the log-strengths (n, R), with mean 0, and which sets (R,) took the
+    prior.
 
     The maximum is finite where chains of wins lead from every method to every other (Ford 1957). Elsewhere each method
     gets PRIOR wins, and as many losses, against an average opponent. Newton's method takes steps of s / (1 + 2 s)
     instead of s, which never overshoot: the curvature changes by at most a factor exp(2 s) on the way.
     """
-    unbounded = ~reachable(wins > 0).all((1, 2))
-    prior = PRIOR * unbounded[:, None]
-    theta = np.zeros(wins.shape[:2])
+    unbounded = ~(pairs.reached(methods, losses=False) & pairs.reached(methods, wins=False)).all(0)
+    prior = PRIOR * unbounded.double()
+    theta = torch.zeros(methods, len(prior), dtype=torch.float64) + start
     for _ in range(1000):
-        step = newton_step(theta, wins, prior)
-        size = np.abs(step).max(1, keepdims=True)
+        step = newton_step(theta, pairs, prior)
+        size = step.abs().amax(0)
         theta += step / (1 + 2 * size)
         if size.max() < 1e-8:
             break
     return theta, unbounded
 
 
-def prior_remarks(names, wins, unbounded, resamples):
+def prior_remarks(names, pairs, unbounded, resamples):
     """Sentences on where the prior was needed: for the votes themselves (unbounded), and in how many resamples."""
     remarks = []
     if unbounded:
-        sums = {"lost": wins.sum(0), "won": wins.sum(1)}
+        won, lost = pairs.won, pairs.lost
+        sums = {"lost": pairs.sum(lost, won, len(names)), "won": pairs.sum(won, lost, len(names))}
         never = [f"{name} never {what}" for what, column in sums.items() for name, x in zip(names, column) if x == 0]
         remarks.append(
             f"Infinite ratings ({'; '.join(never) or 'some methods never lost to any of the rest'}), so "
@@ -149,15 +190,20 @@ def compute_ratings(names, votes, path):
     400 points are odds of 10 to 1; the mean is 1200. Raises UserError, which names `path`, if the votes do not link all
     methods.
     """
-    counts, table = count_votes(votes, len(names))
-    wins = np.tensordot(counts, table, 1)
-    check_linked(names, wins, path)
-    theta, unbounded = fit_strengths(wins[None])
+    kinds, counts = np.unique(votes, axis=0, return_counts=True)
+    pairs = pair_votes(kinds, counts[:, None])
+    check_linked(names, pairs, path)
+    theta, unbounded = fit_strengths(pairs, len(names))
     resampled = np.random.default_rng(0).multinomial(len(votes), counts / len(votes), RESAMPLES)
-    many, many_unbounded = fit_strengths(np.tensordot(resampled, table, 1))
+    fits = [fit_strengths(pair_votes(kinds, part.T), len(names), theta) for part in np.array_split(resampled, 10)]
+    many, many_unbounded = (torch.cat(x, dim=-1) for x in zip(*fits))
     points = 400 / math.log(10)
-    intervals = 1200 + points * np.percentile(many, (2.5, 97.5), axis=0)
-    return 1200 + points * theta[0], intervals, prior_remarks(names, wins, unbounded[0], many_unbounded.sum())
+    intervals = 1200 + points * np.percentile(many.numpy(), (2.5, 97.5), axis=1)
+    return (
+        1200 + points * theta[:, 0].numpy(),
+        intervals,
+        prior_remarks(names, pairs, unbounded[0], many_unbounded.sum()),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

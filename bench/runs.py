@@ -143,7 +143,7 @@ def read_runs(folders, command, stage, kept):
                 if config.get(key) != theirs.get(key):
                     raise UserError(
                         f"{folder} has --{key} {config.get(key)} but {other} has {theirs.get(key)}: the rows of one "
-                        "table must be trained alike"
+                        "table must be trained alike: leave one out, or train it again"
                     )
             if (*label(config), config["seed"]) == (*label(theirs), theirs["seed"]):
                 raise UserError(

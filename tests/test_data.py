@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import data
+import pretrain
 from bench.table1 import held_out_videos
 from data import Clip, Clips, story_clips
 from eval import psnr
-from tests.common import tiny_base, write_video
+from tests.common import flags, tiny_base, write_video
 from util import latents
 from util.cli import UserError, warn
 from util.video import to_frames
@@ -121,6 +122,30 @@ def folder(tmp_path):
     (folder / "0.mp4").write_text("not a video")
     (folder / "1.txt").unlink()
     return folder
+
+
+def test_captions_may_come_from_elsewhere_and_go_on_after_the_end(folder, capsys):
+    """A dataset brings its own; those of the paper-doll stories are three sections longer than their videos."""
+    paths = sorted(folder.glob("[1-5].mp4"))
+    captions = lambda path: [(0, path.stem), (30, "later")]
+    encoded, _ = latents.encode_videos(folder, paths, tiny_base(), "cache", captions)
+    assert encoded["3.mp4"][1] == [(0, "3"), (60, "later")]
+    error = capsys.readouterr().err
+    assert error.count("warning: ") == 1 and "5 storyboards go on after their videos end (as that of" in error
+
+
+def test_a_lone_held_out_clip_is_named(folder, cache, capsys):
+    """There is no other whose memory could be the wrong one."""
+    data.open_dataset(str(folder), tiny_base(), "cache", 1, 1)
+    assert capsys.readouterr().err.count("one clip is held out") == 1
+    data.open_dataset("world", tiny_base(), cache, 8, 2)
+    assert "held out" not in capsys.readouterr().err
+
+
+def test_a_mistyped_dataset_is_answered_with_their_names(refused, cache, monkeypatch):
+    monkeypatch.setitem(data.DATASETS, "gifs", "gifs.open_gifs")
+    assert "or a dataset: world, gifs" in refused(pretrain.main, *flags(cache, data="wrold", out="r"))
+    assert "or a dataset: world, gifs" in refused(pretrain.main, *flags(cache, data="gif:folder", out="r"))
 
 
 def test_a_folder_of_videos(folder, capsys):

@@ -12,7 +12,7 @@ import encoder
 import finetune
 import pretrain
 import sample
-from tests.common import ROOT, flags, losses, run, write_checkpoint, write_video
+from tests.common import ROOT, flags, losses, run, tiny_base, write_checkpoint, write_video
 from util.cli import load_object
 
 DOC = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -51,6 +51,9 @@ def test_a_dataset_in_one_file(examples, cache, monkeypatch):
         write_video(Path("my_gifs") / f"wave_{i}.gif", 12, i)
     run(pretrain.main, *flags(cache, out="a", data="gifs:my_gifs", batch=2, text_drop=0))
     assert len(losses("a")) == 3
+    train, held_out = load_object(data.DATASETS["gifs"])("my_gifs", tiny_base(), cache, 8, 1)
+    assert (len(train), len(held_out)) == (3, 1) and train[0].prompt(5).startswith("wave ")
+    assert train[0].pixels is None and held_out[0].pixels is not None
 
 
 def test_a_solver_in_one_file(examples, monkeypatch):

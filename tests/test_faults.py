@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import av
@@ -34,6 +35,7 @@ from tests.common import (
     write_raw,
     write_video,
 )
+from util import files
 from util.cli import UserError, protect_output
 from util.files import LOCK, atomic_write, parse_json
 from util.folder import find_videos
@@ -257,6 +259,43 @@ def test_a_failing_sampling_keeps_its_sections(error, says, capsys, monkeypatch)
     assert len(read_video("out/clip.mp4", 2, 32, 32)) == 12 + 2 * 4
 
 
+@pytest.mark.skipif(os.name == "nt", reason="sends signals")
+def test_a_stopped_sampling_spares_the_video_from_before(capsys, monkeypatch):
+    write_video("clip.mp4", 12)
+    common = "--history=clip.mp4", "--checkpoint", write_checkpoint(), "--steps=1"
+    run(sample.main, *common, "--seconds=2")
+    before = content("out/clip.mp4", "out/clip.png")
+
+    def interrupt(*given, real=sample.SectionSheet.add):
+        real(*given)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(sample.SectionSheet, "add", interrupt)
+    for name in ("clip_stopped", "clip_stopped2"):
+        with pytest.raises(SystemExit) as stop:
+            run(sample.main, *common, "--seconds=60")
+        printed = capsys.readouterr()
+        assert stop.value.code == 130 and f"wrote out/{name}.mp4 and out/{name}.png" in printed.out
+        assert "stopped by Ctrl-C" in printed.err
+        assert len(read_video(f"out/{name}.mp4", 2, 32, 32)) == 12 + 4 and Path(f"out/{name}.png").is_file()
+    assert content("out/clip.mp4", "out/clip.png") == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends signals")
+def test_a_signal_while_the_video_gets_its_name_waits(capsys, monkeypatch):
+    """A second Ctrl-C, say."""
+
+    def interrupt(path, real=files._record):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)  # Python runs the handler now
+        real(path)
+
+    monkeypatch.setattr(files, "_record", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write_video("clip.mp4", 12)
+    assert len(read_video("clip.mp4", 2, 32, 32)) == 12 and listing(".") == ["clip.mp4"]
+
+
 def test_seconds_that_make_no_section_are_refused_first(refused):
     write_video("clip.mp4", 12)
     Path("keep.mp4").write_text("mine")
@@ -453,6 +492,18 @@ def test_a_damaged_state_is_refused(kind, stage1, refused, cache):
     DAMAGED_STATES[kind](state)
     torch.save(state, "run/state.pt")
     assert "run/state.pt" in refused(pretrain.main, *flags(cache, out="run", steps=41, resume=True))
+
+
+def test_a_resume_takes_another_path_of_the_same_file(cache, refused):
+    run(finetune.main, *flags(cache, out="base", method="none", steps=1))
+    run(pretrain.main, *flags(cache, out="r", init="base/model.safetensors", steps=1))
+    shutil.copytree("base", "other")
+    given = dict(out="r", steps=2, resume=True)
+    assert "--init base/model.safetensors, not other" in refused(
+        pretrain.main, *flags(cache, init="other/model.safetensors", **given)
+    )
+    run(pretrain.main, *flags(cache, init=Path("base/model.safetensors").resolve(), **given))
+    assert len(losses("r")) == 2
 
 
 def test_a_wrong_size_in_a_manifest_is_named(cache, capsys):
@@ -675,11 +726,14 @@ def test_a_folder_that_may_not_be_entered_is_one_line(refused, cache, monkeypatc
     )
 
 
-def test_no_video_is_blamed_for_a_cache_that_cannot_be_written(refused):
+def test_no_video_is_blamed_for_a_cache_that_cannot_be_written(capsys):
     for i in range(12):
         write_video(Path("videos") / f"{i}.mp4", 40, i)
     Path("file").touch()
-    assert "file is no folder" in refused(pretrain.main, *flags("file", data="videos", out="r"))
+    with pytest.raises(SystemExit) as stop:
+        run(pretrain.main, *flags("file", data="videos", out="r"))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("file is no folder") == 1 and "skipped" not in error
 
 
 def test_a_run_folder_that_vanishes_is_one_line(cache, capsys, monkeypatch):

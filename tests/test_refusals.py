@@ -170,6 +170,10 @@ def test_sample_writes_nothing_that_is_not_finite(capsys):
         ("ema", 3, "--ema"),
         ("sample_shift", 0, "--sample_shift"),
         ("seed", -1, "--seed -1"),
+        ("queries", 41, "--queries 41: a history has 40 frames"),
+        ("data", "", "--data is empty"),
+        ("cache", "", "--cache is empty"),
+        ("out", "", "--out is empty"),
     ],
 )
 def test_pretrain_refuses_bad_settings(flag, value, says, refused, cache):
@@ -263,6 +267,13 @@ def test_help_describes_every_flag(stage, capsys):
     config = {pretrain: pretrain.PretrainConfig, finetune: finetune.FinetuneConfig, sample: sample.SampleConfig}[stage]
     comments = field_help(config)
     assert all(comments.get(f.name) and f"--{f.name}" in said for f in dataclasses.fields(config))
+
+
+@pytest.mark.parametrize("name", ["data.py cache", "data.py story", "eval.py elo", "eval.py retrieval"])
+def test_help_of_a_command_names_it(name, capsys):
+    script_name, command = name.split(".py ")
+    run(script(script_name), command, "--help")
+    assert f"usage: {name} [-h]" in capsys.readouterr().out
 
 
 def test_exit_code_of_the_real_process():

@@ -53,6 +53,15 @@ def test_frames_are_sampled_by_time_stamps(tmp_path, name):
     assert levels(read_video(tmp_path / name, 4, 16, 24, start=0.05, seconds=1.25)) == [0, 1, 1, 1, 1]
 
 
+@pytest.mark.parametrize("codec", ["mpeg4", "libx264"])
+@pytest.mark.parametrize("step", [100, 500])
+def test_an_avi_with_a_tick_of_a_millisecond_is_whole(codec, step, capsys):
+    """Its packets have no durations, and its average rate is 1000."""
+    write_raw("a.avi", greys(12), codec, times=[step * i for i in range(12)])
+    assert len(read_video("a.avi", 1000 / step, 16, 24)) == 12
+    assert video_info("a.avi")["fps"] == 1000 / step and not capsys.readouterr().err
+
+
 def test_seeking_finds_the_same_frames(tmp_path):
     write_raw(tmp_path / "a.mp4", [greys(12)[i // 5 % 12] for i in range(60)], options={"g": "7"})
     whole = read_video(tmp_path / "a.mp4", 10, 16, 24)

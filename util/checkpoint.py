@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from util.cli import UserError
-from util.files import atomic_write, is_a, parse_json, remove_leftovers
+from util.files import atomic_write, is_a, parse_json, remove_leftovers, same_path, shipped
 from util.weights import read_config
 
 # flags that may change on --resume
@@ -55,10 +55,10 @@ def resume(config, stage, model, ema, optimizers):
     if state["stage"] != stage:
         raise UserError(f"--resume: {path} is of {state['stage']}.py: give another folder")
     for key, value in state["config"].items():
-        if key not in FREE and value != getattr(config, key, None):
-            raise UserError(
-                f"--resume: {path} was made with --{key} {value}, not {getattr(config, key, None)}; give the same flags"
-            )
+        ours = getattr(config, key, None)
+        same_file = isinstance(value, str) and isinstance(ours, str) and same_path(shipped(value), shipped(ours))
+        if key not in FREE and value != ours and not same_file:
+            raise UserError(f"--resume: {path} was made with --{key} {value}, not {ours}; give the same flags")
     model.load_state_dict({**model.state_dict(), **state["model"]})
     torch._foreach_copy_(ema.shadow, state["ema"])
     for optimizer, its in zip(optimizers, state["optimizers"]):

@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 from dataclasses import fields, is_dataclass
 
@@ -98,6 +99,9 @@ def parse_flags(cls, description, argv=None, aliases=None):
             )
         near = difflib.get_close_matches(flag, parser._option_string_actions, 3, 0.5)
         raise UserError(f"unknown flag {flag}" + (f"; did you mean {' or '.join(near)}?" if near else "; see --help"))
+    empty = [f.name for f in fields(cls) if f.default and isinstance(f.default, str) and not getattr(known, f.name)]
+    if empty:  # an empty path would mean the current folder
+        raise UserError(f"--{empty[0]} is empty: leave it out, for {parser.get_default(empty[0])}, or give a value")
     if not 0 <= getattr(known, "seed", 0) < 2**63:
         raise UserError(f"--seed {known.seed}: give a whole number of at least 0, below 2^63")
     return cls(**vars(known))
@@ -117,11 +121,29 @@ def run_command(script, commands, description):
         raise UserError(f"{script} {name}: choose one of {', '.join(commands)}")
     command = commands[name]
     command = load_object(command) if isinstance(command, str) else command
-    command(sys.argv[2:])
+    sys.argv = [f"{script} {name}", *sys.argv[2:]]  # as --help shows it
+    command(sys.argv[1:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Exit codes
+# Signals and exit codes
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Let Ctrl-C and SIGTERM wait for the end of the body, in which a file gets its name."""
+    if threading.current_thread() is not threading.main_thread():  # which alone gets signals
+        yield
+        return
+    came = []
+    handlers = {s: signal.signal(s, lambda number, _: came.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+    for number in came[:1]:
+        signal.raise_signal(number)
 
 
 class SafeStream:
@@ -167,8 +189,15 @@ def run_main(main):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # all is done but the interpreter's clean-up
     if code:
         sys.exit(code)
+
+
+def close_bars():
+    """Close the progress bars: a message would stand on their line."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def exit_code(main, worker):
@@ -181,11 +210,12 @@ def exit_code(main, worker):
     except (UserError, Failure, OSError) as e:  # OSError: a full disk, a folder that is gone
         if getattr(e, "errno", None) in BAD_PATHS and e.filename:
             e = UserError(f"{e.filename} cannot be used ({e.strerror}): give another path")
-        for bar in list(getattr(tqdm, "_instances", ())):  # else the message would stand on a progress bar's line
-            bar.close()
+        close_bars()
         print(f"error: {e}", file=sys.stderr)
         return 2 if isinstance(e, UserError) else 1
     except KeyboardInterrupt:
+        close_bars()
+        print("stopped by Ctrl-C", file=sys.stderr)
         return 130
     except SystemExit as e:
         return e.code or 0

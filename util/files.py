@@ -89,6 +89,15 @@ def same_path(a, b):
         return False
 
 
+def unused(path, word):
+    """`path` if nothing is there, else the same with a name that is free: NAME_word, NAME_word2, ..."""
+    spare, n = Path(path), 1
+    while os.path.lexists(spare):
+        spare = Path(path).with_stem(f"{Path(path).stem}_{word}{n if n > 1 else ''}")
+        n += 1
+    return spare
+
+
 def check_outputs(stem, endings, inputs=()):
     """check_output() of the files STEM + ending."""
     for ending in endings:
@@ -122,11 +131,12 @@ def _make_part_folder(path):
 
 
 @contextmanager
-def atomic_write(path, replace=False):
+def atomic_write(path, replace=False, final=None):
     """Write a file so that `path` is always the old file or the complete new one.
 
     Yields a temporary path beside it, which is flushed and renamed at the end, or removed on an exception. Makes the
-    folder. replace: whatever is there may go; else see refuse_foreign(). Raises OSError if the disk does not take it,
+    folder. replace: whatever is there may go; else see refuse_foreign(), and two processes cannot write it at once.
+    final: called at the end, gives another path in the same folder. Raises OSError if the disk does not take it,
     UserError if nothing may or can be written there.
     """
     path = Path(path)
@@ -140,6 +150,7 @@ def atomic_write(path, replace=False):
             with open(temporary, "rb+") as f:
                 os.fsync(f.fileno())
             temporary.chmod(folder.stat().st_mode & 0o666)  # like any new file; safetensors makes private ones
+            path = final() if final else path
             os.replace(temporary, path)
             if not replace:
                 _record(path)

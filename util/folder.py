@@ -11,8 +11,6 @@ from util.cli import UserError, first_line, is_out_of_memory, warn
 from util.files import NotWritable
 from util.video import VIDEO_SUFFIXES, read_video, stream_video, video_info
 
-LONE_VIDEO = "there is only one video, so it is also the held-out one: its scores say nothing about other videos"
-
 
 def find_videos(folder):
     """All video files below a folder, sorted, without hidden ones (macOS writes ._x.mp4). Raises UserError if none."""
@@ -83,8 +81,10 @@ def split_videos(videos):
     """Split video names -> (names to train on, held-out names).
 
     About one in ten is held out, at least one and never all; a single video is in both lists. The name of each decides,
-    so a video added to many leaves the others where they are.
+    so a video added to many leaves the others where they are. Warns of a single one.
     """
+    if len(videos) == 1:
+        warn("there is only one video, so it is also the held-out one: its scores say nothing about other videos")
     order = sorted(videos, key=name_digest)
     held = [name for name in order if name_digest(name) % 10 == 0][: max(1, len(order) - 1)] or order[:1]
     return [name for name in order if name not in set(held)] or order, held

@@ -10,16 +10,19 @@ from tqdm import tqdm
 from util.cache import VERSION
 from util.cli import UserError, warn
 from util.files import atomic_write, file_hash
-from util.folder import read_clip, warn_past_end, why_unusable
+from util.folder import read_clip, why_unusable
 from util.storyboard import storyboard_beside
 from util.video import READING, to_pixels
 from util.weights import open_safetensors
 
 
-def encode_videos(folder, paths, base, cache):
+def encode_videos(folder, paths, base, cache, captions=storyboard_beside):
     """Encode some videos of a folder -> ({name in the folder: (latents (C, F, h, w) float16, storyboard [(first latent
-    frame, prompt)])}, [why a file cannot be used]). Raises UserError."""
-    encoded, skipped = {}, []
+    frame, prompt)])}, [why a file cannot be used]).
+
+    captions(path) -> [(seconds, prompt)] of a video, or None. Raises UserError.
+    """
+    encoded, skipped, longer = {}, [], []
     stride = base.codec.stride[0]
     for path in tqdm(paths, desc="encoding videos"):
         try:
@@ -27,7 +30,7 @@ def encode_videos(folder, paths, base, cache):
             if latents.shape[1] < 2 * base.section:
                 least = 2 * base.section * stride / base.fps
                 raise UserError(f"{path} is shorter than one segment and one section, {least:g} s")
-            prompts = storyboard_beside(path)
+            prompts = captions(path)
         except Exception as e:
             skipped.append(why_unusable(path, e))
             continue
@@ -35,8 +38,10 @@ def encode_videos(folder, paths, base, cache):
             warn(f"no caption beside {path} (.txt or .json): trained without a prompt")
         board = [(round(seconds * base.fps / stride), prompt) for seconds, prompt in prompts or []]
         if board and board[-1][0] >= latents.shape[1]:
-            warn_past_end(path, prompts[-1][0], latents.shape[1] * stride / base.fps)
+            longer.append(path)
         encoded[path.relative_to(folder).as_posix()] = latents, board
+    if longer:
+        warn(f"{len(longer)} storyboards go on after their videos end (as that of {longer[0]}): the rest is not used")
     return encoded, skipped
 
 

@@ -100,7 +100,8 @@ class VideoFrames:
         if keeps_alpha and self.stream.metadata.get("alpha_mode") == "1":
             self.decoder = av.CodecContext.create(keeps_alpha, "r")
         self.tick = float(self.stream.time_base)
-        self.rate = float(self.stream.average_rate or self.stream.guessed_rate or 25)
+        # the average of an avi with a tick of 1 ms is 1000; the guess for a phone's uneven rate is too high
+        self.rate = float(min(filter(None, (self.stream.average_rate, self.stream.guessed_rate)), default=25))
         self.stated = self.stated_seconds()
         # Time stamps are rounded to ticks (10 ms in a gif), so half a tick late still counts as on time; but at most
         # 5 ms, since a tick of an avi is a whole frame.
@@ -122,13 +123,16 @@ class VideoFrames:
     def packets(self):
         """Yield the compressed packets, then an empty one, which flushes the decoder."""
         self.covered = 0.0  # seconds of the stream that are actually in the file
+        spacing = before = None
         try:
             for packet in self.container.demux(self.stream):
+                spacing, before = packet.dts - before if None not in (packet.dts, before) else spacing, packet.dts
                 # mp4 states its length in decoding time, mkv in presentation time
                 self.first = self.first or (packet.pts, packet.dts)
+                length = packet.duration or spacing or 0  # an avi's packets have none
                 for stamp, first in zip((packet.pts, packet.dts), self.first):
                     if stamp is not None and first is not None:
-                        self.covered = max(self.covered, (stamp - first + (packet.duration or 0)) * self.tick)
+                        self.covered = max(self.covered, (stamp - first + length) * self.tick)
                 yield packet
         except av.FFmpegError:
             self.unreadable += 1

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from util.cli import UserError
+from util.cli import UserError, uninterrupted
 from util.files import atomic_write, check_output
 
 
@@ -21,7 +21,8 @@ class VideoWriter:
     height, width  of the frames to write
     scale          whole factor to enlarge by (nearest neighbour); by default the largest that keeps the short side
                    within 512
-    The file appears at `path` when it is complete, and not at all after an exception. Raises UserError.
+    The file appears at `path`, which may change by then, when it is complete, and not at all after an exception. Raises
+    UserError.
     """
 
     def __init__(self, path, fps, height, width, scale=None):
@@ -40,7 +41,7 @@ class VideoWriter:
     def __enter__(self):
         """Open a temporary file and its encoder. Raises UserError or OSError."""
         with ExitStack() as stack:
-            temporary = stack.enter_context(atomic_write(self.path))
+            temporary = stack.enter_context(atomic_write(self.path, final=lambda: self.path))
             options = {"movflags": "faststart"} if self.path.suffix.lower() in {".mp4", ".mov"} else {}
             self.container = stack.enter_context(av.open(f"file:{temporary}", "w", options=options))
             height, width = (n * self.scale if self.gif else n * self.scale + n * self.scale % 2 for n in self.size)
@@ -87,7 +88,7 @@ class VideoWriter:
     def __exit__(self, *exception):
         if exception[0] is not None:
             return self.stack.__exit__(*exception)
-        with self.stack:  # closes the container, then renames the file
+        with uninterrupted(), self.stack:  # closes the container, then renames the file
             if not self.count:
                 raise ValueError(f"no frame was written to {self.path}")
             self.container.mux(self.stream.encode(None))
