@@ -119,6 +119,8 @@ def report(made, trained, config, what, lpips):
     for name, frames in made.items():
         if name not in ("truth", "age"):
             print(f"{name:14}{metric_cells(frames, truth, lpips)}")
+    if "wrong_memory" not in made:
+        print("wrong_memory: none, as that would be the memory of another clip and there is only one")
     save_preview(Path(config.out), truth, made["model"])
     print(f"wrote {config.out}")
 

@@ -214,11 +214,13 @@ _held = set()  # the folders that this process has locked
 
 @contextmanager
 def locked(path, what):
-    """Hold the lock file `path` in the body; it goes when the body ends, and a lock when its process dies.
+    """Hold the lock file `path` in the body, at most as long as this process lives. A file that was made for it goes.
 
     Raises UserError, which calls it `what`, if another process holds it. Where a file system has no locks, all pass.
     """
     check_writable(path)
+    path = os.path.abspath(path)
+    new = not os.path.lexists(path)
     file = open(path, "a")
     try:
         _lock(file)
@@ -229,8 +231,9 @@ def locked(path, what):
     try:
         yield
     finally:
-        with suppress(OSError):  # on Windows an open file stays
-            os.unlink(path)
+        if new:
+            with suppress(OSError):  # on Windows an open file stays
+                os.unlink(path)
         file.close()
 
 
