@@ -13,7 +13,7 @@ import pretrain
 from data import story_clips
 from encoder import MemoryDiT
 from model import DiT, DiTConfig, add_noise, sample
-from tests.common import ROOT, SHARED, flags, losses, randn, randomize, run, tiny_base
+from tests.common import ROOT, SHARED, flags, losses, randn, randomize, run, smaller, tiny_base
 from util import attention
 
 FIXTURES = ROOT / "tests" / "fixtures"  # outputs of Wan's own code for tiny random weights
@@ -247,7 +247,7 @@ def test_flow_runs_from_data_to_noise():
 def test_the_model_is_the_dit_given_the_encoded_history():
     base = tiny_base()
     model, high = randomize(MemoryDiT(base)), randn(2, 16, 8, 8, 8)
-    low = base.codec.downsample(high, model.encoder.rate)
+    low = smaller(high, model.encoder.rate)
     x_t, text, times = randn(2, 16, 3, 8, 8, seed=1), randn(2, 24, 16), torch.tensor([[1, 5, 6], [0, 2, 9]])
     v = model(high, low, x_t, torch.tensor([0.3, 0.8]), text, times)
     memory = model.encoder.encode(high, low)
@@ -260,7 +260,8 @@ def test_the_loss_is_the_squared_error_of_the_velocity(cache):
     run(pretrain.main, *flags(cache, out="a", steps=1, batch=4))
     config, base = pretrain.PretrainConfig(preset="tiny", init="random", batch=4), tiny_base()
     pretrain.check(config)
-    clips, encoder = story_clips("train", 8, base, cache), MemoryDiT(base, config.method, config.rate).encoder
+    encoder = MemoryDiT(base, config.method, config.rate).encoder
+    clips = story_clips("train", 8, base, cache, encoder.low_rate)
     chosen = [clips[i] for i in clips.batch(0, config.batch, config.seed)]
     batch = pretrain.draw_retrieval(config, base, encoder, chosen, range(4), 0)
     assert losses("a") == pytest.approx([(batch.noise - batch.target).square().mean().item()], rel=1e-5)
