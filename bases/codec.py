@@ -6,6 +6,7 @@
 ‖x - D(E(x) + σ ε)‖² + 0.1 |x - D(E(x) + σ ε)|     σ: noise on the latents, as the DiT's own errors will be
 """
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +37,9 @@ class CodecConfig:
     out: str = "runs/codec"  # run folder
     data: str = ""  # a folder of videos, to train on beside the stories
     steps: int = 1500  # optimizer steps
-    batch: int = 16  # pictures per step
+    batch: int = 8  # pictures per step
     lr: float = 0.02  # peak learning rate of the matrices; all else gets a tenth
-    noise: float = 0.3  # the most noise on the latents
+    noise: float = 0.2  # the most noise on the latents
     warmup: int = 50  # steps of linear warm-up; then a cosine down to zero
     ema: float = 0.995  # decay of the weight average that is saved
     seed: int = 0  # of weights, pictures and noise
@@ -71,7 +72,7 @@ def draw(config, videos, step):
     rng = np.random.default_rng((config.seed, step))
     n_videos = config.batch // 4 if videos else 0
     large = PRESETS["small"]["sizes"][step % 2]
-    n_large = (config.batch - n_videos) // 4
+    n_large = max(1, (config.batch - n_videos) // 4)
     parts = [story_pictures("train", (config.seed, step), config.batch - n_videos - n_large, (SIZE, SIZE))]
     parts.append(crop(story_pictures("train", (config.seed, step, 1), n_large, large), rng))
     if videos:
@@ -131,7 +132,13 @@ def validate(config, model, held_out, step, device):
     return {name: round(value, 2) for name, value in found.items()}
 
 
+def halve(tensors):
+    """{file name: tensors}: the weights in float16, as they are shipped."""
+    return {"codec.safetensors": {name: tensor.half() for name, tensor in tensors.items()}}
+
+
 def train(config, model, processes, videos, held_out):
+    """Train, validate and save."""
     device, ema = processes.device, EMA(model, config.ema)
     optimizers = make_optimizers(model, "muon", config.lr)
     first = resume(config, "codec", model, ema, optimizers) if config.resume else 0
@@ -143,7 +150,8 @@ def train(config, model, processes, videos, held_out):
             pictures, coming = coming.result(), pool.submit(draw, config, videos, step + 1)
             set_learning_rate(optimizers, step, config.steps, config.warmup)
             g = torch.Generator().manual_seed(config.seed * 2**32 + step)
-            levels = config.noise * torch.rand(config.batch, generator=g).square()
+            # none for half of the pictures
+            levels = config.noise * (2 * torch.rand(config.batch, generator=g) - 1).clamp(min=0)
             noise = torch.randn(config.batch, 16, SIZE // PATCH, SIZE // PATCH, generator=g)
             x = to_pixels(pictures).transpose(0, 1)  # (B, 3, SIZE, SIZE)
             loss = loss_function(model, *(y.to(device) for y in (x, levels, noise)))
@@ -162,7 +170,7 @@ def train(config, model, processes, videos, held_out):
                     record |= validate(config, model, held_out, step, device)
             run.log(record, due)
             if (due or stop) and not run.gave_up:
-                save(config, "codec", step + 1, model, ema, optimizers, lambda tensors: {})
+                save(config, "codec", step + 1, model, ema, optimizers, halve)
             if stop or run.gave_up:
                 break
     run.finish(step + 1, stop)
@@ -171,9 +179,12 @@ def train(config, model, processes, videos, held_out):
 def main():
     """Check the flags, read the videos, train."""
     config = parse_flags(CodecConfig, __doc__)
-    for key in ("steps", "batch", "save_every"):
-        if getattr(config, key) < 1:
-            raise UserError(f"--{key} {getattr(config, key)}: must be at least 1")
+    most = dict(steps=math.inf, batch=math.inf, save_every=math.inf, lr=1, noise=10, ema=1, warmup=math.inf)
+    least = dict(steps=1, batch=4, save_every=1)
+    for key in most:
+        if not least.get(key, 0) <= getattr(config, key) <= most[key]:
+            limits = f"at least {least.get(key, 0)}" + f", at most {most[key]}" * (most[key] < math.inf)
+            raise UserError(f"--{key} {getattr(config, key)}: must be {limits}")
     processes = start_processes(config.device)
     videos, held_videos = read_videos(config.data) if config.data else ([], [])
     held_out = {"stories": torch.from_numpy(story_pictures("held-out", 0, HELD_OUT, (SIZE, SIZE)))}

@@ -253,7 +253,7 @@ def open_clips(config, base, encoder):
     return clips
 
 
-def held_out_videos(folder, base, cache, rate):
+def held_out_videos(folder, base, cache, rate=None):
     """The held-out clips of video_clips(), without encoding those to train on."""
     names = split_videos([path.relative_to(folder).as_posix() for path in find_videos(folder)])[1]
     encoded, skipped = encode_videos(folder, [Path(folder) / name for name in names], base, cache, rate)

@@ -142,7 +142,7 @@ def test_noise_levels_are_spread_over_a_batch():
 
 def test_stage_2_is_validated_on_the_longest_history(cache):
     """Drawn at random its length would differ from seed to seed, and some would end with uncompressed frames."""
-    clips = story_clips("held-out", 2, tiny_base(), cache)
+    clips = story_clips("held-out", 2, tiny_base(), cache, (2, 4, 4))
     for seed in range(6):
         config = dataclasses.replace(SETTINGS["finetune"], seed=seed)
         batch = finetune.draw_continuation(config, tiny_base(), tiny_encoder(), clips, range(2), 0, longest=True)
