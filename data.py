@@ -17,7 +17,8 @@ import torch.nn.functional as F
 
 import dolls.dataset as dolls
 from bases import open_base
-from util.cache import open_window, read_manifest, write_cache
+from encoder import parse_rate
+from util.cache import low_name, open_window, read_manifest, write_cache
 from util.cli import UserError, load_object, parse_flags, run_command, run_main, warn
 from util.distributed import start_processes
 from util.files import atomic_write, check_output
@@ -38,6 +39,7 @@ class Clip:
     storyboard: list  # [(first latent frame, prompt)]
     pixels: torch.Tensor = None  # (F, H, W, 3) uint8, one frame per latent, of held-out clips
     story: object = None  # the dolls.stories.Story that it shows, which knows what each section asks for
+    low: torch.Tensor = None  # latents of the smaller video, from Codec.encode_low(), for methods that read them
 
     @property
     def frames(self):
@@ -50,6 +52,17 @@ class Clip:
     def cut(self, first, last):
         """Latents of the frames first..last-1, (1, C, F, h, w) float32."""
         return self.latents[None, :, first:last].float()
+
+    def history(self, first, last, encoder, codec):
+        """What φ reads of a history: (high, low), see MemoryEncoder.encode()."""
+        high = self.cut(first, last)
+        if not encoder.reads_low:
+            return high, high[:, :, :0]
+        return high, codec.cut_low(self.load_low(encoder), first, first + encoder.whole(last - first), encoder.rate[0])
+
+    def load_low(self, encoder):
+        """`low` of the whole clip, (1, C, f, h, w) float32."""
+        return self.low[None].float()
 
     def prompt(self, frame):
         """The prompt of a latent frame: the latest that starts at or before it."""
@@ -79,7 +92,7 @@ class CachedClip(Clip):
 
     def __init__(self, file, frames, size):
         self.file, self.length, self.shape = file, frames, size
-        self.pixels = self.story = None
+        self.low = self.pixels = self.story = None
 
     @property
     def frames(self):
@@ -98,6 +111,10 @@ class CachedClip(Clip):
                     f"{(self.length, *self.shape)}: run data.py cache again"
                 )
             return latents[:, first:last][None].float()
+
+    def load_low(self, encoder):
+        with open_window(self.file) as f:
+            return f.get_tensor(low_name(encoder.rate))[None].float()
 
     def text(self, frame, prompts):
         with open_window(self.file) as f:
@@ -163,22 +180,22 @@ class Clips:
 DATASETS = {"world": "data.open_stories"}
 
 
-def open_dataset(data, base, cache, n_clips, n_held_out):
+def open_dataset(data, base, cache, n_clips, n_held_out, rate):
     """(clips to train on, held-out clips) of --data: a name in DATASETS, a cache of latents, or a folder of videos.
 
     cache: folder for encoded clips; n_clips: stories to train on; n_held_out: held-out stories, or the most held-out
-    clips of a cache. Raises UserError.
+    clips of a cache; rate: (t, h, w) of `low`, or None for a method that does not read it. Raises UserError.
     """
     name, _, argument = data.partition(":")
     if name in DATASETS:
-        found = load_object(DATASETS[name])(argument, base, cache, n_clips, n_held_out)
+        found = load_object(DATASETS[name])(argument, base, cache, n_clips, n_held_out, rate)
     elif (Path(data) / "manifest.json").is_file():
-        found = cached_clips(data, base, n_held_out)
+        found = cached_clips(data, base, n_held_out, rate)
     elif not Path(data).is_dir():
         raise UserError(f"--data {data} is no folder: give one of videos, a cache, or a dataset: {', '.join(DATASETS)}")
     else:
         refuse_uncached(data, base)
-        found = video_clips(data, base, cache)
+        found = video_clips(data, base, cache, rate)
     least = 2 * base.section + base.codec.causal
     for clips, purpose in zip(found, ("to train on", "to hold out")):
         if not len(clips) or min(clip.frames for clip in clips) < least:
@@ -197,16 +214,16 @@ def refuse_uncached(data, base):
         )
 
 
-def open_stories(argument, base, cache, n_clips, n_held_out):
+def open_stories(argument, base, cache, n_clips, n_held_out, rate):
     """(clips to train on, held-out clips) of the paper-doll world."""
     refuse_uncached("world", base)
-    held_out = story_clips("held-out", n_held_out, base, cache, keep_pixels=True)
-    return story_clips("train", n_clips, base, cache), held_out
+    held_out = story_clips("held-out", n_held_out, base, cache, rate, keep_pixels=True)
+    return story_clips("train", n_clips, base, cache, rate), held_out
 
 
-def story_clips(split, count, base, cache, keep_pixels=False):
+def story_clips(split, count, base, cache, rate=None, keep_pixels=False):
     """Stories of the paper-doll world as Clips; split: "train" or "held-out"."""
-    return Clips([Clip(**story) for story in dolls.load_stories(split, count, base, cache, keep_pixels)])
+    return Clips([Clip(**story) for story in dolls.load_stories(split, count, base, cache, rate, keep_pixels)])
 
 
 def check_prompts(data, prompts):
@@ -216,11 +233,11 @@ def check_prompts(data, prompts):
         warn(dolls.UNKNOWN_WORDS.format(", ".join(words[:8])))
 
 
-def cached_clips(folder, base, n_held_out):
+def cached_clips(folder, base, n_held_out, rate=None):
     """(clips to train on, at most n_held_out held-out clips) of a folder that `data.py cache` wrote."""
     videos = {
         name: [CachedClip(file, frames, tuple(size)) for file, frames, *size in windows]
-        for name, windows in read_manifest(folder, base).items()
+        for name, windows in read_manifest(folder, base, rate).items()
     }
     if not videos:
         raise UserError(f"--data {folder} holds no clip: give data.py cache longer videos")
@@ -234,13 +251,13 @@ def cached_clips(folder, base, n_held_out):
     return Clips(train, full), Clips(held_out, full)
 
 
-def video_clips(folder, base, cache):
+def video_clips(folder, base, cache, rate=None):
     """(clips to train on, held-out clips) of a folder of videos, see split_videos().
 
     Unusable files are counted and listed, never replaced. Raises UserError if more than 20 % are unusable.
     """
     paths = find_videos(folder)
-    encoded, skipped = encode_videos(folder, paths, base, cache)
+    encoded, skipped = encode_videos(folder, paths, base, cache, rate)
     report_skipped(skipped, len(paths), folder)
     train, held_out = split_videos(encoded)
     print(f"{len(train)} videos to train on, {len(held_out)} held out ({', '.join(held_out)}), {len(skipped)} skipped")
@@ -249,7 +266,7 @@ def video_clips(folder, base, cache):
 
 def collect(folder, encoded, names, base, pixels=False):
     """Clips of these names out of {name: (latents, storyboard)}; pixels: with their original pixels."""
-    clips = {name: Clip(*encoded[name]) for name in names}
+    clips = {name: Clip(latents, board, low=low) for name, (latents, board, low) in encoded.items() if name in names}
     for name in names if pixels else ():
         frames = read_clip(Path(folder) / name, base)
         clips[name].pixels = frames[: base.codec.frames(len(frames)) : base.codec.stride[0]]  # as codec.show() does
@@ -295,6 +312,7 @@ class CacheConfig:
     out: str = ""  # folder for the cache
     preset: str = "wan-1.3b"  # sizes, frame rate and codec; wan-1.3b and wan-14b share theirs
     captions: str = ""  # a JSONL file instead: {"video": path in the folder, "caption" or "storyboard": ...}
+    rates: str = None  # of methods that will train on it, as in "4x4x2 2x2x2": `low` is kept for each [the preset's]
     vae: str = ""  # Wan: local folder of its VAE in the diffusers layout
     t5: str = ""  # Wan: local folder of umT5 in the diffusers layout
     device: str = "auto"  # auto, cpu, cuda, mps; where the VAE and umT5 run
@@ -315,7 +333,8 @@ def cache(argv):
     base = open_base(config.preset, config.vae, config.t5, processes.device)
     if not base.codec.decodes:
         raise UserError(f"--preset {config.preset} needs --vae: a local folder of its VAE in the diffusers layout")
-    write_cache(config.videos, config.out, config.captions, base, processes)
+    rates = [parse_rate(rate) for rate in (config.rates or base.rate).split()]
+    write_cache(config.videos, config.out, config.captions, base, rates, processes)
 
 
 def main():

@@ -137,25 +137,25 @@ class MemoryEncoder(nn.Module):
     def build(self, base):
         """Make the method's layers."""
 
+    @property
+    def low_rate(self):
+        """The rate (t, h, w) of the `low` that forward() reads, or None."""
+        return self.rate if self.reads_low else None
+
     @torch.no_grad()
-    def start_from(self, dit, averages):
-        """Initialise from the base DiT. averages: see Codec."""
+    def start_from(self, dit):
+        """Initialise from the base DiT."""
         self.patch_embedding.load_state_dict(dit.patch_embedding.state_dict())
 
     def forward(self, high, low):
         """One segment per row: high (B, C, F, H, W), low (B, C, F/t, H/h, W/w) -> tokens (B, M, D)."""
         raise NotImplementedError
 
-    def downsample(self, codec, high):
-        """`low`, the LR input: the whole segments of high (B, C, F, H, W), downsampled."""
-        n = self.whole(high.shape[2])
-        return codec.downsample(high[:, :, :n], self.rate) if n else high[:, :, :0]
-
     def encode(self, high, low, start=0):
         """φ of a history -> memory: (tokens (B, M, D), positions (M, 3) or (B, M, 3)), or None if it keeps nothing.
 
         high   (B, C, F, H, W) latents
-        low    downsample() of it
+        low    latents (B, C, f, h, w) of the smaller video, of its whole segments; unread by most methods
         start  time of the first frame, in latent frames
         Whole segments are compressed; any remaining frames stay uncompressed.
         """
@@ -227,13 +227,9 @@ class Proposed(MemoryEncoder):
         self.lr_embedding = PatchEmbedding(base.dit.in_dim, base.dit.dim, self.patch)
 
     @torch.no_grad()
-    def start_from(self, dit, averages):
-        """LR begins with the base's weights for the latent channels that mean the same at every scale, and with zeros
-        elsewhere: the base would misread a small picture's detail as full-scale detail."""
-        super().start_from(dit, averages)
-        nn.init.zeros_(self.lr_embedding.weight)
-        self.lr_embedding.weight[:, averages] = dit.patch_embedding.weight[:, averages]
-        self.lr_embedding.bias.copy_(dit.patch_embedding.bias)
+    def start_from(self, dit):
+        super().start_from(dit)
+        self.lr_embedding.load_state_dict(dit.patch_embedding.state_dict())
 
     def forward(self, high, low):
         return self.lr_embedding(pad_replicate(low, self.patch)) + self.hr(pad_replicate(high, self.block))
@@ -299,26 +295,31 @@ class Memory:
 
     def __init__(self, model, codec, most=None):
         self.encoder, self.codec, self.most = model.encoder, codec, most
+        self.encode_low = self.encoder.low_rate and codec.low_encoder(self.encoder.rate)
         self.segments = []  # (tokens (B, m, D), positions, number of frames) of each segment kept
         self.waiting = None  # latents (B, C, F, H, W) of frames kept uncompressed
+        self.pixels = None  # what they show, (B, 3, F', height, width)
         self.times = torch.arange(0)  # and their times (F,)
         self.frames = 0  # latent frames appended so far: the time of the next one
 
     @torch.no_grad()
-    def append(self, latents):
-        """Add latents (B, C, F, H, W) to the end of the history."""
+    def append(self, latents, pixels):
+        """Add latents (B, C, F, H, W), which show `pixels` (B, 3, F', height, width), to the end of the history."""
         encoder = self.encoder
+        pixels = pixels if self.pixels is None else torch.cat([self.pixels, pixels], dim=2)
         times = torch.cat([self.times, self.frames + torch.arange(latents.shape[2])])
         self.frames += latents.shape[2]
         latents = latents if self.waiting is None else torch.cat([self.waiting, latents], dim=2)
         while encoder.whole(len(times), start := self.frames - len(times)):
             n = encoder.lone(start) or encoder.segment  # one segment at a time, to bound activation memory
             high = latents[:, :, :n]
-            low = self.codec.downsample(high, encoder.rate)
+            shown = 1 if encoder.lone(start) else n * self.codec.stride[0]  # frames
+            low = self.encode_low(pixels[:, :, :shown]).to(high) if encoder.reads_low else high[:, :, :0]
             self.segments.append((*encoder.encode_whole(high, low, start), n))
-            latents, times = latents[:, :, n:], times[n:]
+            latents, times, pixels = latents[:, :, n:], times[n:], pixels[:, :, shown:]
         kept = encoder.choose(len(times), self.most and self.most * encoder.segment)
         self.waiting, self.times = latents[:, :, kept], times[kept]
+        self.pixels = pixels if encoder.reads_low else None
         if self.most is not None:
             while sum(n for *_, n in self.segments) > self.most * encoder.segment + encoder.causal:
                 del self.segments[0]

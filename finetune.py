@@ -79,12 +79,12 @@ def section_batch(base, encoder, clip, first, begin, text, t, g):
     text: (1, L, text_dim), or None for no prompt; t: (1,) noise level.
     """
     end = begin + base.section
-    high, target = clip.cut(first, begin), clip.cut(begin, end)  # (1, C, F, H, W)
+    (high, low), target = clip.history(first, begin, encoder, base.codec), clip.cut(begin, end)  # (1, C, F, H, W)
     times = torch.arange(begin - first, end - first)[None].float()
     noise = torch.randn(target.shape, generator=g)
     text = base.prompts("")[None] if text is None else text
     truth = clip.truth(torch.arange(begin, end))
-    return Batch(high, encoder.downsample(base.codec, high), target, times, noise, t, text, truth)
+    return Batch(high, low, target, times, noise, t, text, truth)
 
 
 def encoder_file(config):

@@ -38,6 +38,7 @@ class DiTConfig:
     freq_dim: int = 256  # width of the sinusoidal timestep embedding
     patch: tuple = (1, 2, 2)  # latent frames, rows, columns per token
     eps: float = 1e-6
+    rotate_values: bool = False  # turn values by their positions too: not in Wan, but it learns to read memory sooner
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,13 +85,12 @@ def rope(positions, head_dim):
 def rotate(x, rotations):
     """Rotate the channel pairs (a, b) of x (B, N, heads, head_dim), float32, to (a cos - b sin, a sin + b cos).
 
-    rotations: from rope(). When compiled, the result holds all first elements of the pairs, then all second ones: the
-    product of two vectors rotated alike does not depend on the order of channels.
+    rotations: from rope().
     """
     x = x.unflatten(-1, (-1, 2))
     if torch.compiler.is_compiling():  # the compiler fuses this, but knows no complex numbers
         (a, b), (cos, sin) = x.unbind(-1), rotations.unbind(-1)
-        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
     # (a + ib)(cos + i sin): one kernel instead of seven
     return torch.view_as_real(torch.view_as_complex(x) * torch.view_as_complex(rotations)).flatten(-2)
 
@@ -119,9 +119,9 @@ class PatchEmbedding(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention over x itself or over a context; queries and keys are RMS-normalised over all heads."""
 
-    def __init__(self, dim, heads, eps):
+    def __init__(self, dim, heads, eps, rotate_values=False):
         super().__init__()
-        self.heads = heads
+        self.heads, self.rotate_values = heads, rotate_values
         self.q = nn.Linear(dim, dim)
         self.k = nn.Linear(dim, dim)
         self.v = nn.Linear(dim, dim)
@@ -139,9 +139,14 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, v))  # (B, N or L, heads, head_dim)
         if rotations is not None:
             q, k = rotate(q, rotations), rotate(k, rotations)
-        q, k, v = (y.type_as(v).transpose(1, 2) for y in (q, k, v))  # (B, heads, N or L, head_dim)
-        y = attention(q, k, v)
-        return self.o(y.transpose(1, 2).flatten(-2))  # (B, N, D)
+        dtype = v.dtype
+        if self.rotate_values:  # back at the query: what is read depends on where it lies from there
+            v = rotate(v.float(), rotations)
+        q, k, v = (y.to(dtype).transpose(1, 2) for y in (q, k, v))  # (B, heads, N or L, head_dim)
+        y = attention(q, k, v).transpose(1, 2)
+        if self.rotate_values:
+            y = rotate(y.float(), rotations * rotations.new_tensor([1, -1])).to(dtype)
+        return self.o(y.flatten(-2))  # (B, N, D)
 
 
 def modulate(x, shift, scale, sizes):
@@ -172,7 +177,7 @@ class Block(nn.Module):
         super().__init__()
         self.modulation = nn.Parameter(torch.randn(1, 6, c.dim) / c.dim**0.5)
         self.norm1 = nn.LayerNorm(c.dim, c.eps, elementwise_affine=False)
-        self.self_attn = Attention(c.dim, c.heads, c.eps)
+        self.self_attn = Attention(c.dim, c.heads, c.eps, c.rotate_values)
         self.norm3 = nn.LayerNorm(c.dim, c.eps)
         self.cross_attn = Attention(c.dim, c.heads, c.eps)
         self.norm2 = nn.LayerNorm(c.dim, c.eps, elementwise_affine=False)

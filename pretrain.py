@@ -83,7 +83,7 @@ class Batch:
     """One clip per row: denoise `target`, which belongs at `times`, given φ(high, low)."""
 
     high: torch.Tensor  # (B, C, F, H, W) history as φ sees it
-    low: torch.Tensor  # the same, downsampled (whole segments only)
+    low: torch.Tensor  # latents of the smaller video (whole segments only)
     target: torch.Tensor  # (B, C, F', H, W) clean
     times: torch.Tensor  # (B, F') in latent frames, 0 at the start of the history
     noise: torch.Tensor  # like target
@@ -130,9 +130,9 @@ def draw_retrieval(config, base, encoder, clips, rows, step):
         clip, g = clips[row], generator(config.seed, step, row)
         # a causal codec's first latent is unlike all others, so its history begins where the clip does
         first = 0 if base.codec.causal else int(torch.randint(clip.frames - history + 1, (), generator=g))
-        high = clip.cut(first, first + history)  # (1, C, F, H, W)
+        high, low = clip.history(first, first + history, encoder, base.codec)  # (1, C, F, H, W)
         omega = torch.randperm(history, generator=g)[: config.queries].sort().values
-        low, target = encoder.downsample(base.codec, high), high[:, :, omega]
+        target = high[:, :, omega]
         if config.mask == "noise":
             high, low = mask_history(high, low, omega, encoder.rate[0], g)
         captioned = omega[torch.randint(len(omega), (), generator=g)]
@@ -156,7 +156,7 @@ def mask_history(high, low, omega, rt, g):
     def keep(x, clean):
         return torch.where(clean[:, None, None], x, add_noise(x, torch.randn(x.shape, generator=g), level))
 
-    return keep(high, clean), keep(low, clean_low)
+    return keep(high, clean), keep(low, clean_low) if low.shape[2] else low
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ def make_model(config, base, device):
     if config.init != "random":
         base.load_dit(model.dit, shipped(config.init), device, frozen=bool(config.lora))
     model.to(device)  # φ too, before it takes weights over from the DiT
-    model.encoder.start_from(model.dit, base.codec.averages)
+    model.encoder.start_from(model.dit)
     if config.lora:
         base.add_lora(model.dit, config.lora)
     model.dit.recompute = base.recompute
@@ -314,7 +314,8 @@ def setup(config):
     claim_folder(config.out, config.resume, processes)
     model = make_model(config, base, processes.device)
     with processes.main_first():  # rank 0 fills the cache
-        clips, held_out = open_dataset(config.data, base, config.cache, config.clips, config.held_out)
+        sizes = config.clips, config.held_out
+        clips, held_out = open_dataset(config.data, base, config.cache, *sizes, model.encoder.low_rate)
     return model, base, processes, clips, held_out
 
 

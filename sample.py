@@ -9,12 +9,10 @@ Writes the history with its continuation to --save_file, and a contact sheet bes
 
 import math
 import time
-from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -25,8 +23,8 @@ from model import sample
 from util.cli import Failure, UserError, load_object, parse_flags, run_main, warn
 from util.device import autocast, peak_memory, pick_device
 from util.files import check_output, same_path, shipped, unused
-from util.folder import stream_clip, warn_past_end
-from util.sheets import COLUMNS, SectionSheet
+from util.folder import copy_history, stream_clip, warn_past_end
+from util.sheets import SectionSheet
 from util.storyboard import parse_storyboard, prompt_at, storyboard_beside
 from util.video import has_sound, to_frames, to_pixels
 from util.video_writer import VideoWriter
@@ -63,10 +61,11 @@ class SampleConfig:
 
 
 @torch.no_grad()
-def continue_video(model, base, memory, texts, config, size):
+def continue_video(model, base, memory, decode, texts, config, size):
     """Generate one section for each of `texts` (L, text_dim) and append it to `memory`.
 
-    size: (height, width) in pixels. Yields (latents (1, C, F, h, w), seconds it took). Raises Failure.
+    decode: the codec's decoder, which carries on from the history; size: (height, width) in pixels. Yields (frames
+    uint8 (F, H, W, 3), seconds it took). Raises Failure.
     """
     codec, device = base.codec, next(model.parameters()).device
     g = torch.Generator().manual_seed(config.seed)
@@ -80,10 +79,13 @@ def continue_video(model, base, memory, texts, config, size):
         with autocast(device):
             settings = config.steps, config.shift, guidance, solver
             x = sample(model.dit, noise, text[None].to(device), times, memory.context(), *settings).float()
-            if not x.isfinite().all():
-                raise Failure(f"{config.checkpoint} generated numbers that are not finite: use another checkpoint")
-            memory.append(x)
-        yield x, time.perf_counter() - started
+        if not x.isfinite().all():
+            raise Failure(f"{config.checkpoint} generated numbers that are not finite: use another checkpoint")
+        with make_room(model, codec):
+            pixels = decode(x).clamp(-1, 1)
+        with autocast(device):
+            memory.append(x, pixels)
+        yield to_frames(pixels)[0].cpu(), time.perf_counter() - started
 
 
 @contextmanager
@@ -97,14 +99,12 @@ def make_room(model, codec):
     model.to(device)
 
 
-def write_sections(writer, sheet, generated, decode, model, codec, sections):
-    """Decode and write the generated sections -> (seconds it took to generate them, what stopped it early or None).
+def write_sections(writer, sheet, generated, sections):
+    """Write the generated sections -> (seconds it took to generate them, what stopped it early or None).
     Whatever stops it, a signal, a lack of memory, numbers that are not finite, the sections so far are kept."""
     seconds = 0.0
     try:
-        for latents, took in tqdm(generated, total=sections, desc="sections"):
-            with make_room(model, codec):
-                frames = to_frames(decode(latents))[0].cpu()  # (F, H, W, 3)
+        for frames, took in tqdm(generated, total=sections, desc="sections"):
             writer.write(frames)
             sheet.add(frames)
             seconds += took
@@ -117,33 +117,6 @@ def write_sections(writer, sheet, generated, decode, model, codec, sections):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # History, prompts, model
-
-
-@dataclass
-class History:
-    """The clip to continue. Only its newest frames are held, so RAM use does not grow with its length."""
-
-    newest: torch.Tensor  # (F, H, W, 3) uint8: the newest frames, for memory and contact sheet
-    remembered: torch.Tensor  # the part of them that memory gets
-    frames: int  # of the whole clip
-
-
-def copy_history(frames, writer, config, base):
-    """Write the frames of the clip, one at a time -> History."""
-    most, section = sections_remembered(config, base), base.section * base.codec.stride[0]
-    held = deque(maxlen=most and max(most * section + base.codec.causal, COLUMNS * section))
-    n_frames = 0
-    for frame in frames:
-        writer.write(frame[None])
-        held.append(frame)
-        n_frames += 1
-    # beside whole sections, a causal codec has one frame that stands alone
-    n = n_frames if most is None else min(n_frames, most * section + base.codec.causal)
-    if base.codec.causal and n > section:
-        # keep whole segments only: waiting frames would outnumber all memory tokens; the oldest frames are dropped
-        n = 1 + (n - 1) // section * section
-    newest = torch.from_numpy(np.stack(held))
-    return History(newest, newest[-base.codec.frames(n) :], n_frames)
 
 
 def sections_remembered(config, base):
@@ -204,7 +177,8 @@ def open_model(config, base, device):
 
 def remember(config, base, history, device):
     """(model, Memory of the history, the codec's decoder, which carries on from the history)."""
-    latents = base.codec.encode(to_pixels(history.remembered)[None]).to(device)
+    pixels = to_pixels(history.remembered)[None]
+    latents = base.codec.encode(pixels).to(device)
     decode = base.codec.decoder()
     if base.codec.causal:
         for piece in latents.split(base.section, dim=2):
@@ -212,7 +186,7 @@ def remember(config, base, history, device):
     model = open_model(config, base, device)
     memory = Memory(model, base.codec, sections_remembered(config, base))
     with autocast(device):
-        memory.append(latents)
+        memory.append(latents, pixels)
         context = memory.context()
     if context is None:
         warn(f"{config.checkpoint} is a model without memory: what it generates does not know the history")
@@ -296,16 +270,16 @@ def main():
     if has_sound(config.history):
         warn(f"the sound of {config.history} is not copied")
     with VideoWriter(file, base.fps, *size) as writer:
-        history = copy_history(frames, writer, config, base)
+        history = copy_history(frames, writer, base, sections_remembered(config, base))
         storyboard, prompts = section_prompts(config, base, history.frames / base.fps)
         check_prompts(trained.get("data"), [prompt for _, prompt in storyboard])
         base = open_base(base.name, config.vae, config.t5, device)
         texts = embed_prompts(config, base, prompts)
         model, memory, decode = remember(config, base, history, device)
-        generated = continue_video(model, base, memory, texts, config, size)
+        generated = continue_video(model, base, memory, decode, texts, config, size)
         length = base.section * base.codec.stride[0]
         sheet = SectionSheet(history.newest, history.frames, length, len(texts), base.fps)
-        seconds, stopped = write_sections(writer, sheet, generated, decode, model, base.codec, len(texts))
+        seconds, stopped = write_sections(writer, sheet, generated, len(texts))
         if stopped:  # a video from before stays
             file = writer.path = unused(file, "stopped")
     sheet.save(file.with_suffix(".png"))

@@ -17,6 +17,7 @@ from finetune import FinetuneConfig, draw_continuation
 from model import DiT, DiTConfig, add_noise, rope, sample, token_positions
 from pretrain import PretrainConfig, draw_retrieval
 from sample import SampleConfig, continue_video
+from tests.common import BlockCodec
 from util.optim import EMA, make_optimizers, set_learning_rate
 
 torch.set_num_threads(1)  # everything here is so small that threads only wait for each other
@@ -34,6 +35,8 @@ def tiny(name="nano", **changes):
     height, width = (8 * s for s in base.codec.stride[1:])  # 4x4 tokens per latent frame
     dit = replace(base.dit, dim=48, ffn_dim=64, heads=2, layers=2, text_dim=16, text_len=8)
     base = replace(base, dit=dit, sizes=((height, width),), widths=(8, 8, 16, 16), lora=base.lora and 4, **changes)
+    if base.codec.causal:
+        base.codec = BlockCodec()  # Wan's own needs weights
     base.prompts = Prompts()
     return replace(base, history=3 * base.section + base.codec.causal)
 
@@ -63,7 +66,8 @@ def make_clips(base, n=3):
     for i in range(n):
         latents = randn(base.dit.in_dim, frames, *latent_size(base), seed=i).half()
         pixels = torch.full((frames, height, width, 3), i, dtype=torch.uint8)
-        clips.append(Clip(latents, [(0, "a"), (base.section, "a b")], pixels))
+        low = latents[:, ::2, ::2, ::2] if base.codec.causal else latents[:, :, ::2, ::2]  # at 2x2x2
+        clips.append(Clip(latents, [(0, "a"), (base.section, "a b")], pixels, low=low))
     return Clips(clips)
 
 
@@ -71,11 +75,10 @@ def latent_size(base):
     return tuple(n // s for n, s in zip(base.sizes[0], base.codec.stride[1:]))
 
 
-def encode(model, base, high):
-    """φ of high (B, C, F, H, W): (tokens, positions)."""
-    n = model.encoder.whole(high.shape[2])
-    low = base.codec.downsample(high[:, :, :n], model.encoder.rate) if n else high[:, :, :0]
-    return model.encoder.encode(high, low)
+def encode(model, high):
+    """φ of high (B, C, F, H, W), whose `low` is made up: (tokens, positions)."""
+    t, h, w = model.encoder.rate
+    return model.encoder.encode(high, high[:, :, : model.encoder.whole(high.shape[2]) : t, ::h, ::w])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,7 +143,7 @@ def test_one_step_of_the_sampler_is_the_conditional_mean():
 @torch.no_grad()
 def test_tokens_of_20_seconds_of_nano(rate, tokens):
     base = open_base("nano")
-    tokens_of_base, positions = encode(MemoryDiT(base, "proposed", rate), base, randn(1, 16, 40, 16, 16))
+    tokens_of_base, positions = encode(MemoryDiT(base, "proposed", rate), randn(1, 16, 40, 16, 16))
     assert tokens_of_base.shape == (1, tokens, 256) and positions.shape == (tokens, 3)
 
 
@@ -149,7 +152,7 @@ def test_tokens_of_20_seconds_of_wan():
     """480x832 at 16 frames per second, 4x4x2: 8x13 tokens per two latent frames, padded up."""
     base = open_base("wan-1.3b")
     model = MemoryDiT(replace(base, dit=replace(base.dit, dim=48, layers=1, heads=2)), "only-lr", "4x4x2")
-    tokens, positions = encode(model, base, torch.zeros(1, 16, 81, 60, 104))
+    tokens, positions = encode(model, torch.zeros(1, 16, 81, 60, 104))
     assert tokens.shape == (1, 4264, 48)
     assert positions[0].tolist() == [0, 1.5, 1.5]  # the lone first latent
     assert positions[104].tolist() == [1.5, 1.5, 1.5]  # latents 1 and 2
@@ -159,7 +162,7 @@ def test_tokens_of_20_seconds_of_wan():
 @torch.no_grad()
 def test_tokens_sit_at_the_centres_of_their_blocks(method):
     base = tiny()
-    _, positions = encode(make_model(base, method, "4x2x2"), base, randn(1, 16, 4, 8, 8))
+    _, positions = encode(make_model(base, method, "4x2x2"), randn(1, 16, 4, 8, 8))
     assert positions.tolist() == [[t, 1.5, w] for t in (0.5, 2.5) for w in (0.5, 2.5)]
 
 
@@ -169,20 +172,22 @@ def test_tokens_sit_at_the_centres_of_their_blocks(method):
 def test_appending_a_section_leaves_the_history_alone(method, preset):
     """φ([H; X]) = [φ(H); φ(X)], with and without a causal codec's lone first latent."""
     base = tiny(preset)
-    model, high = make_model(base, method), randn(2, 16, base.history, *latent_size(base))
-    tokens, positions = encode(model, base, high)
-    memory = Memory(model, base.codec)
+    codec, model, high = base.codec, make_model(base, method), randn(2, 16, base.history, *latent_size(base))
+    pixels = codec.decode(high)
+    low = codec.encode_low(pixels, (2, 2, 2))
+    tokens, positions = model.encoder.encode(high, codec.cut_low(low, 0, base.history, 2))
+    memory, decode = Memory(model, codec), codec.decoder()
     for piece in high.split(5, dim=2):
-        memory.append(piece)
+        memory.append(piece, decode(piece))
     assert torch.allclose(memory.context()[0], tokens, atol=1e-5)
     assert torch.equal(memory.context()[1].expand(len(tokens), -1, -1), positions.expand(len(tokens), -1, -1))
 
     part = base.history - base.section
-    tokens_of_part = encode(model, base, high[:, :, :part])[0]
+    tokens, tokens_of_part = encode(model, high)[0], encode(model, high[:, :, :part])[0]
     assert torch.allclose(tokens[:, : tokens_of_part.shape[1]], tokens_of_part, atol=1e-5)
     changed = high.clone()
     changed[:, :, part:] += 1
-    later = encode(model, base, changed)[0]
+    later = encode(model, changed)[0]
     assert torch.equal(later[:, : tokens_of_part.shape[1]], tokens[:, : tokens_of_part.shape[1]])
     assert (later - tokens).abs().max() > 1e-3
 
@@ -191,7 +196,7 @@ def test_appending_a_section_leaves_the_history_alone(method, preset):
 def test_frames_of_an_unfinished_segment_stay_uncompressed():
     base = tiny()
     model = make_model(base, rate="4x4x2")
-    tokens, positions = encode(model, base, randn(1, 16, 6, 8, 8))
+    tokens, positions = encode(model, randn(1, 16, 6, 8, 8))
     assert tokens.shape[1] == 2 + 2 * 16  # a segment of 4 frames, then 2 frames of 4x4 tokens
     assert positions[2:].tolist() == token_positions([4, 5], 4, 4).tolist()
 
@@ -201,7 +206,7 @@ def test_memory_keeps_the_newest_segments():
     base = tiny()
     memory = Memory(make_model(base), base.codec, most=2)
     for _ in range(5):
-        memory.append(randn(1, 16, 4, 8, 8))
+        memory.append(randn(1, 16, 4, 8, 8), randn(1, 3, 4, *base.sizes[0]))
         assert memory.context()[0].shape[1] <= 2 * 8
     assert memory.context()[1][:, 0].tolist() == [t for t in (12.5, 14.5, 16.5, 18.5) for _ in range(4)]
 
@@ -283,27 +288,27 @@ def test_a_step_and_a_section_of_every_method(method):
     other = model(batch.high + 1, batch.low + 1, batch.target, batch.t, batch.text, batch.times)
     same = model(batch.high, batch.low, batch.target, batch.t, batch.text, batch.times)
     assert ((other - same).abs().max() < 1e-6) == (method == "none")  # memory is read
-    latents = generate(base, model, clips)
-    assert latents.shape == (1, 16, base.section, *latent_size(base))
+    assert generate(base, model, clips).shape == (base.section, *base.sizes[0], 3)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_two_sections_of_every_preset(preset):
     base = tiny(preset)
-    latents = generate(base, make_model(base), make_clips(base), sections=2)
-    assert latents.shape == (1, 16, 2 * base.section, *latent_size(base)) and latents.isfinite().all()
+    frames = generate(base, make_model(base), make_clips(base), sections=2)
+    assert frames.shape == (2 * base.section * base.codec.stride[0], *base.sizes[0], 3)
 
 
 @torch.no_grad()
 def generate(base, model, clips, sections=1):
-    """Sections after the history of the first clip, (1, C, F, h, w)."""
-    memory = Memory(model, base.codec, most=3)
-    memory.append(clips[0].cut(0, base.history))
+    """Sections after the history of the first clip: frames uint8 (F, H, W, 3)."""
+    memory, decode = Memory(model, base.codec, most=3), base.codec.decoder()
+    history = clips[0].cut(0, base.history)
+    memory.append(history, decode(history))
     config = SampleConfig(steps=2, guidance=2.0, shift=3.0)
     texts = [base.prompts("a")] * sections
-    made = [latents for latents, _ in continue_video(model, base, memory, texts, config, base.sizes[0])]
+    made = [frames for frames, _ in continue_video(model, base, memory, decode, texts, config, base.sizes[0])]
     assert memory.frames == base.history + sections * base.section
-    return torch.cat(made, dim=2)
+    return torch.cat(made)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,11 +4,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from bases.lora import add_lora, merge_lora
 from bases.names import comfy_name, wan_name
-from model import Block, DiTConfig
+from model import Block, DiTConfig, pad_replicate
 from util.device import compute_dtype
 from util.weights import load_weights, own_config, weight_files
 
@@ -98,7 +99,6 @@ class Codec:
     channels: int  # C
     stride: tuple  # pixels per latent: frames, rows, columns
     causal = False  # its first latent is one frame, encoded alone
-    averages = slice(None)  # latent channels that mean the same at every scale: the LR branch begins with these
     decodes = True  # False where its weights are not at hand
     large = False  # True: the DiT has to make room while it decodes
     settings: list  # what a cache of latents depends on; None for weights that are not at hand
@@ -111,10 +111,25 @@ class Codec:
         """A whole video from its beginning: (B, C, f, h, w) -> (B, 3, F, H, W)."""
         raise NotImplementedError
 
-    def downsample(self, latents, rate):
-        """Latents of the video made smaller by the rate (t, h, w), for the LR branch:
-        (B, C, F, H, W) -> (B, C, F/t, H/h, W/w), padded up to whole tokens by replication."""
-        raise NotImplementedError
+    def low_encoder(self, rate):
+        """A function that encodes `low`, the video made smaller by a rate (t, h, w), piece by piece (a causal codec's
+        first frame, then whole segments): (B, 3, F, H, W) -> (B, C, f/t, H/h, W/w)."""
+        t, *space = rate
+        return lambda pixels: self.encode(self.shrink(pixels[:, :, ::t], space))
+
+    def encode_low(self, pixels, rate):
+        """`low` of a clip to train on, from which cut_low() cuts: here at every frame, since a history may begin
+        anywhere."""
+        return self.low_encoder((1, *rate[1:]))(pixels)
+
+    def cut_low(self, low, first, last, t):
+        """`low` (B, C, f/t, ...) of the latents first..last-1 of a clip. low: from encode_low()."""
+        return low[:, :, first:last:t]
+
+    def shrink(self, pixels, space):
+        """(B, 3, F, H, W) -> (B, 3, F, H/h, W/w): the mean over areas, padded up to whole latents by replication."""
+        multiples = 1, *(n * s for n, s in zip(space, self.stride[1:]))
+        return F.avg_pool3d(pad_replicate(pixels, multiples), (1, *space))
 
     def frames(self, n):
         """The most frames, out of n, that are whole latents."""

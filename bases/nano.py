@@ -1,4 +1,4 @@
-"""nano and small: DiTs trained from scratch, with a codec and prompts that need no weights."""
+"""nano and small: DiTs trained from scratch, with small codecs and prompts that need no weights."""
 
 import functools
 import hashlib
@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+from bases.autoencoder import LearnedCodec
 from bases.base import Base, Codec
-from model import DiTConfig, pad_replicate
+from model import DiTConfig
 from util.cli import UserError, warn
 
 TEXT = dict(text_dim=64, text_len=24)
@@ -23,15 +24,17 @@ PRESETS = {
         section=4,
         history=40,
         widths=(32, 64, 128, 256),
+        codec=lambda device: DCTCodec(),
         rate="2x2x2",
     ),
     "small": dict(
-        dit=DiTConfig(dim=512, ffn_dim=2048, heads=8, layers=12, **TEXT),
-        sizes=((128, 224), (224, 128)),
+        dit=DiTConfig(dim=512, ffn_dim=2048, heads=8, layers=12, rotate_values=True, **TEXT),
+        sizes=((256, 448), (448, 256)),
         fps=8,
         section=8,
         history=160,
         widths=(64, 128, 256, 512),
+        codec=LearnedCodec,
     ),
 }
 
@@ -41,22 +44,20 @@ def open_base(name, vae="", t5="", device="cpu"):
     for flag, folder in dict(vae=vae, t5=t5).items():
         if folder:
             raise UserError(f"--{flag} {folder} does nothing: --preset {name} needs no such weights; drop it")
-    preset = PRESETS[name]
-    return Base(
-        name=name, codec=DCTCodec(), prompts=HashPrompts(preset["dit"].text_dim, preset["dit"].text_len), **preset
-    )
+    preset = dict(PRESETS[name])
+    prompts = HashPrompts(preset["dit"].text_dim, preset["dit"].text_len)
+    return Base(name=name, codec=preset.pop("codec")(device), prompts=prompts, **preset)
 
 
 class DCTCodec(Codec):
     """The 16 lowest coefficients (10 luma, 3 + 3 chroma) of a 4x4 block DCT in an orthonormal opponent colour space.
 
-    Linear, so downsampling in pixels is one linear map of latents. Each coefficient is divided by the square root of
+    Each coefficient is divided by the square root of
     its deviation, and all by one number that makes the overall variance 1: full whitening would give the finest detail
     too much weight.
     """
 
     channels, stride = 16, (1, 4, 4)
-    averages = (0, 10, 13)  # latent channels that are means over the pixels of a block
     # standard deviation of each coefficient over frames of the paper-doll world and of real clips
     deviations = (2.6, 0.6, 0.3, 0.18, 0.59, 0.28, 0.17, 0.3, 0.17, 0.18, 1.18, 0.27, 0.26, 0.73, 0.16, 0.16)
 
@@ -88,23 +89,6 @@ class DCTCodec(Codec):
         matrix = (self.basis * self.scale[:, None]).T.to(latents)
         blocks = F.linear(rearrange(latents, "b c f h w -> b f h w c"), matrix)
         return rearrange(blocks, "b f h w (c y x) -> b c f (h y) (w x)", c=3, y=4, x=4)
-
-    @functools.lru_cache  # noqa: B019 (codecs live as long as the process)
-    def downsampling_matrix(self, rate):
-        """Decode, average pixels over (t, h, w), encode: as one matrix (16, 16 * t * h * w) on the latents of a
-        block."""
-        t, h, w = rate
-        impulses = torch.eye(16 * t * h * w).view(-1, 16, t, h, w)
-        response = self.encode(F.avg_pool3d(self.decode(impulses), rate))  # (16 * t * h * w, 16, 1, 1, 1)
-        return response.view(-1, 16).T.contiguous()
-
-    def downsample(self, latents, rate):
-        """See Codec; exactly the latents of the smaller video."""
-        with torch.autocast(latents.device.type, enabled=False):  # exact in float32
-            latents = pad_replicate(latents.float(), (rate[0], 2 * rate[1], 2 * rate[2]))
-            blocks = rearrange(latents, "b c (f t) (y h) (x w) -> b f y x (c t h w)", **dict(zip("thw", rate)))
-            low = F.linear(blocks, self.downsampling_matrix(rate).to(latents))
-            return rearrange(low, "b f y x c -> b c f y x")
 
 
 @functools.lru_cache(maxsize=4096)

@@ -4,12 +4,11 @@ Pixels are (B, 3, F, H, W) floats in [-1, 1], F = 1 + 4k; latents (B, 16, 1 + k,
 """
 
 import torch
-import torch.nn.functional as F
 
 from bases.base import Base, Codec
 from bases.pretrained import fingerprint, from_pretrained, subfolder
 from bases.umt5 import NoPrompts, UMT5Prompts
-from model import DiTConfig, pad_replicate
+from model import DiTConfig
 from util.cli import UserError
 
 SHARED = dict(
@@ -120,21 +119,33 @@ class WanCodec(Codec):
     def statistics(self, like):
         return (torch.tensor(x).view(1, 16, 1, 1, 1).to(like) for x in (MEAN, STD))
 
-    @torch.no_grad()
     def encode(self, pixels):
-        """(B, 3, 1 + 4k, H, W), H and W multiples of 16 -> (B, 16, 1 + k, H/8, W/8): the mean, normalised."""
+        """A whole video: (B, 3, 1 + 4k, H, W), H and W multiples of 8 -> (B, 16, 1 + k, H/8, W/8)."""
+        return self.encoder()(pixels)
+
+    def encoder(self):
+        """A function that encodes a video piece by piece, (B, 3, 1 + 4k, H, W), later (B, 3, 4k, H, W), to the mean of
+        its latents, normalised. Pieces joined equal the whole encoded at once."""
         self.check_weights()
-        if (pixels.shape[2] - 1) % 4:
-            raise ValueError(f"{pixels.shape[2]} frames are not 1 + 4k")
-        cache = [None] * self.vae._cached_conv_counts["encoder"]
-        parts = []
-        for part in (pixels[:, :, :1], *pixels[:, :, 1:].split(4, dim=2)):
-            if part.shape[2]:
-                x = self.vae.encoder(part.to(self.device), feat_cache=cache, feat_idx=[0])
-                parts.append(self.vae.quant_conv(x)[:, :16].to(pixels.device))
-        latents = torch.cat(parts, dim=2)
-        mean, std = self.statistics(latents)
-        return (latents - mean) / std
+        cache, started = [None] * self.vae._cached_conv_counts["encoder"], False
+
+        @torch.no_grad()
+        def encode(pixels):
+            nonlocal started
+            lone = 0 if started else 1
+            if (pixels.shape[2] - lone) % 4:
+                raise ValueError(f"{pixels.shape[2]} frames are not {'1 + ' * lone}4k")
+            parts = []
+            for part in (pixels[:, :, :lone], *pixels[:, :, lone:].split(4, dim=2)):
+                if part.shape[2]:
+                    x = self.vae.encoder(part.to(self.device), feat_cache=cache, feat_idx=[0])
+                    parts.append(self.vae.quant_conv(x)[:, :16].to(pixels.device))
+            started = True
+            latents = torch.cat(parts, dim=2)
+            mean, std = self.statistics(latents)
+            return (latents - mean) / std
+
+        return encode
 
     def decoder(self):
         """A function that decodes a video piece by piece, (B, 16, f, h, w) -> (B, 3, F, 8h, 8w), clamped.
@@ -181,8 +192,22 @@ class WanCodec(Codec):
             shown.append(torch.stack([kept[k] for k in at.tolist()], dim=1))
         return torch.stack(shown)
 
-    def downsample(self, latents, rate):
-        """See Codec; means over blocks (t, h, w), the lone first latent padded to a block of its own. (The paper
-        encodes a smaller video; a causal VAE cannot do that for one segment.)"""
-        latents = pad_replicate(latents.float(), (rate[0], 2 * rate[1], 2 * rate[2]))
-        return F.avg_pool3d(latents, rate)
+    def low_encoder(self, rate):
+        """See Codec: frames 0, t, 2t, ... made smaller, as one stream."""
+        (t, *space), encode, started = rate, self.encoder(), False
+
+        def encode_low(pixels):
+            nonlocal started
+            # the stream's frame 0 comes alone, or before others; any later piece ends with a frame that counts
+            chosen = pixels[:, :, t - 1 :: t] if started else pixels[:, :, ::t]
+            started = True
+            return encode(self.shrink(chosen, space))
+
+        return encode_low
+
+    def encode_low(self, pixels, rate):
+        return self.low_encoder(rate)(pixels)
+
+    def cut_low(self, low, first, last, t):
+        """See Codec; `first` is 0: a history begins where its clip does."""
+        return low[:, :, : 1 + (last - 1) // t]

@@ -96,12 +96,9 @@ def random_history(base, rate, latents, device, start=0):
     start: time of the first latent; at 0 a causal codec's first latent stands alone.
     """
     t, h, w = parse_rate(rate)
-    lone = int(base.codec.causal and start == 0)
     rows, columns = (pixels // stride for pixels, stride in zip(base.sizes[0], base.codec.stride[1:]))
-    smaller = lone + (latents - lone) // t, -(-rows // h), -(-columns // w)
     high = torch.randn(1, base.dit.in_dim, latents, rows, columns, device=device)
-    low = torch.randn(1, base.dit.in_dim, *smaller, device=device)
-    return high, low
+    return high, high[:, :, ::t, ::h, ::w]
 
 
 def encoder_cost(encoder, base, rate, latents, start=0):

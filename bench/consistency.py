@@ -25,7 +25,7 @@ from model import sample
 from pretrain import generator
 from util.cli import UserError
 from util.device import autocast, pick_device
-from util.video import to_frames
+from util.video import to_frames, to_pixels
 
 
 @dataclass
@@ -54,8 +54,9 @@ def continue_stories(model, base, clips, first, sections, config):
         rows = range(start, min(start + config.batch, len(clips)))
         history = torch.cat([clips[row].cut(0, first * base.section) for row in rows]).to(device)
         memory = Memory(model, base.codec, base.history // base.section)  # as much as training showed it
+        pixels = to_pixels(torch.stack([clips[row].pixels[: first * base.section] for row in rows])).to(device)
         with autocast(device):
-            memory.append(history)
+            memory.append(history, pixels)
         shape = 1, history.shape[1], base.section, *history.shape[3:]
         for k in range(first, first + sections):
             times = k * base.section + torch.arange(base.section, device=device)
@@ -65,8 +66,9 @@ def continue_stories(model, base, clips, first, sections, config):
             settings = config.steps, config.shift, config.guidance
             with autocast(device):
                 x = sample(model.dit, noise, text, times, memory.context(), *settings).float()
-                memory.append(x)
-            made.append(to_frames(base.codec.decode(x)).cpu())  # (B, F, H, W, 3)
+                pixels = base.codec.decode(x)
+                memory.append(x, pixels)
+            made.append(to_frames(pixels).cpu())  # (B, F, H, W, 3)
     return torch.cat([torch.stack(made[i : i + sections], 1) for i in range(0, len(made), sections)])
 
 
@@ -76,13 +78,15 @@ def costs(model, base, clip, config):
     Memory tokens; FLOPs and milliseconds of all the sampler's forward passes (one is timed, the median of 5) and of φ
     of the new section.
     """
-    encoder, device = model.encoder, pick_device(config.device)
+    encoder, codec, device = model.encoder, base.codec, pick_device(config.device)
     calls = config.steps * (1 if config.guidance == 1 else 2)
     high = clip.cut(0, base.history).to(device)
-    new = high[:, :, -base.section :]
+    new, pixels = high[:, :, -base.section :], to_pixels(clip.pixels[None, : base.history]).to(device)
 
     def encode(latents):
-        return encoder.encode(latents, encoder.downsample(base.codec, latents))
+        n = latents.shape[2]
+        low = codec.low_encoder(encoder.rate)(pixels[:, :, :n]) if encoder.reads_low else latents[:, :, :0]
+        return encoder.encode(latents, low)
 
     with torch.no_grad(), autocast(device), FlopCounterMode(display=False) as counter:
         memory = encode(high)

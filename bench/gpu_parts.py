@@ -21,16 +21,8 @@ import torch
 from torch._dynamo.utils import counters
 
 import bases
-from bench.budget import (
-    memory_tokens,
-    random_history,
-)
-from bench.speed import (
-    SpeedConfig,
-    alternate,
-    compiled_twin,
-    training_step,
-)
+from bench.budget import memory_tokens, random_history
+from bench.speed import SpeedConfig, alternate, compiled_twin, training_step
 from encoder import MemoryDiT
 from finetune import FinetuneConfig, draw_continuation, load_encoder
 from pretrain import PretrainConfig, check, draw_retrieval, setup, train

@@ -21,7 +21,7 @@ from bench.nets import compiled_twin, diffusers_dit
 from bench.speed import SpeedConfig, alternate, dit_jobs, ratio, step_flops, time_memories, training_step
 from encoder import Memory, MemoryDiT
 from pretrain import PretrainConfig
-from sample import SampleConfig, continue_video, make_room
+from sample import SampleConfig, continue_video
 from util.device import autocast, compute_dtype, peak_memory
 from util.optim import EMA, make_optimizers
 
@@ -100,19 +100,40 @@ def steps(bench):
     return rows
 
 
-@torch.no_grad()
-def sections(bench):
-    """Sections one after another, with two solver steps each; one pass of the DiT with φ and with every token."""
-    base = bench.base("wan-1.3b")
-    model, count = bench.model(base).eval(), 3 if bench.tiny else 10
+def without_vae(base):
+    """Put stand-ins in place of the VAE: random latents of the smaller video, black pixels."""
+
+    def low_encoder(rate):
+        (t, h, w), (frames, *_) = rate, base.codec.stride
+        rows, columns = (-(-n // (s * r)) for n, s, r in zip(base.sizes[0], base.codec.stride[1:], (h, w)))
+        return lambda pixels: torch.randn(1, base.dit.in_dim, max(1, pixels.shape[2] // (frames * t)), rows, columns)
+
+    base.codec.low_encoder = low_encoder
+    base.codec.decoder = lambda: lambda x: torch.zeros(1, 3, x.shape[2] * base.codec.stride[0], *base.sizes[0])
+    return base
+
+
+def remember(bench, base, model):
+    """Memory of random latents of a whole history, whose pixels are black."""
     memory = Memory(model, base.codec, (base.history - base.codec.causal) // base.section)
     high, _ = random_history(base, base.rate, base.history, bench.device)
+    frames = 1 + (base.history - 1) * base.codec.stride[0]
     with autocast(bench.device):
-        memory.append(high)
+        memory.append(high, torch.zeros(1).expand(1, 3, frames, *base.sizes[0]))
+    return memory
+
+
+@torch.no_grad()
+def sections(bench):
+    """Sections one after another, with two solver steps each and without the VAE; one pass of the DiT with φ and with
+    every token."""
+    base = without_vae(bench.base("wan-1.3b"))
+    model, count = bench.model(base).eval(), 3 if bench.tiny else 10
+    memory, decode = remember(bench, base, model), base.codec.decoder()
     config = SampleConfig(steps=2, guidance=base.guidance, shift=base.shift)
     texts = [torch.randn(base.dit.text_len, base.dit.text_dim)] * (count + 1)  # the first one warms up
     spent = []
-    for _, seconds in continue_video(model, base, memory, texts, config, base.sizes[0]):
+    for _, seconds in continue_video(model, base, memory, decode, texts, config, base.sizes[0]):
         spent.append(seconds)
     first, last = spent[1], spent[-1]
     rows = [
@@ -147,28 +168,22 @@ def vae(bench):
 @torch.no_grad()
 def within_12_gb(bench):
     """A section after 20 s of history and its decoding on a card that has 12 GiB, less its context."""
-    base = bench.base("wan-1.3b", vae="random" if has_diffusers() else "")
+    base = bench.base("wan-1.3b", vae="random") if has_diffusers() else without_vae(bench.base("wan-1.3b"))
     if bench.cuda:
         total = torch.cuda.get_device_properties(bench.device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, (GB12 - CONTEXT * 2**30) / total))
         torch.cuda.reset_peak_memory_stats()
     model = bench.model(base).eval()
-    memory = Memory(model, base.codec, (base.history - base.codec.causal) // base.section)
-    high, _ = random_history(base, base.rate, base.history, bench.device)
-    with autocast(bench.device):
-        memory.append(high)
+    memory, decode = remember(bench, base, model), base.codec.decoder()
     config = SampleConfig(steps=1, guidance=base.guidance, shift=base.shift)
     text = torch.randn(base.dit.text_len, base.dit.text_dim)
-    ((x, _),) = continue_video(model, base, memory, [text], config, base.sizes[0])
-    if base.codec.decodes:
-        with make_room(model, base.codec):
-            base.codec.decode(x[:, :, :1] if bench.tiny else x)
+    list(continue_video(model, base, memory, decode, [text], config, base.sizes[0]))
     dit = sum(p.numel() for name, p in model.dit.named_parameters() if ".lora_" not in name)
     trained = lora_parameters(base.dit, base.lora) + sum(p.numel() for p in model.encoder.parameters())
     tokens = sum(segment[0].shape[1] for segment in memory.segments) + base.section * frame_tokens(base, base.sizes[0])
     phases = sampling_memory(base, dit, trained, tokens)
     predicted = max(sum(phase.values()) for phase in phases) / 2**30
-    done = "a section" + (", decoded" if base.codec.decodes else "; not decoded, diffusers is not installed")
+    done = "a section" + (" and the VAE" if base.codec.decodes else "; no VAE, diffusers is not installed")
     peak = f"{peak_memory(bench.device):.3g} GiB" if bench.cuda else NOT_ON_CPU
     words = f"{done}; peak {peak} and {CONTEXT:g} for the context (predicted {predicted:.3g})"
     return [Row("sampling in 12 GiB", words, "", "done", True if bench.cuda else None)]

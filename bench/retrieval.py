@@ -129,7 +129,7 @@ def report(made, trained, config, what, lpips):
 # Commands
 
 
-def own_clip(config, base):
+def own_clip(config, base, encoder):
     """The video --history as a dataset of one clip, with its original pixels. Raises UserError if it is too short."""
     codec, frames = base.codec, read_clip(config.history, base)
     frames = frames[: codec.frames(len(frames))]
@@ -140,7 +140,9 @@ def own_clip(config, base):
             "clip"
         )
     # one frame per latent, as codec.show() returns
-    return Clips([Clip(codec.encode(to_pixels(frames)[None])[0], [], frames[:: codec.stride[0]])])
+    pixels, rate = to_pixels(frames)[None], encoder.low_rate
+    low = codec.encode_low(pixels, rate)[0] if rate else None
+    return Clips([Clip(codec.encode(pixels)[0], [], frames[:: codec.stride[0]], low=low)])
 
 
 def clean_retrieval(config, base, encoder, clips):
@@ -156,7 +158,7 @@ def retrieval(argv):
     check_output(config.out, [config.history, config.checkpoint])
     lpips = open_lpips(config)
     model, base, trained = open_checkpoint(config.checkpoint, config, "pretrain")
-    clips = own_clip(config, base) if config.history else stories(config, base)
+    clips = own_clip(config, base, model.encoder) if config.history else stories(config, base, model.encoder.low_rate)
     frames = min(model.encoder.whole(min(clip.frames, base.history)) for clip in clips)
     if config.queries > frames:
         raise UserError(f"--queries {config.queries}: a history has {frames} frames to choose from; give fewer")
@@ -171,7 +173,7 @@ def continuation(argv):
     check_output(config.out, [config.checkpoint])
     lpips = open_lpips(config)
     model, base, trained = open_checkpoint(config.checkpoint, config, "finetune")
-    clips = stories(config, base)
+    clips = stories(config, base, model.encoder.low_rate)
     begin = min(base.history, HISTORY_SECTIONS * base.section)
 
     def draw(rows):

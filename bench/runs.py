@@ -81,14 +81,15 @@ def open_checkpoint(path, config, stage):
     return load_model(path, base, getattr(config, "init", ""), device), base, trained
 
 
-def stories(config, base):
-    """The first --clips held-out stories, encoded, with their pixels. Raises UserError for a base not made for them."""
+def stories(config, base, rate=None):
+    """The first --clips held-out stories, encoded, with their pixels; with `low` of a rate (t, h, w). Raises UserError
+    for a base not made for them."""
     if base.needs_cache:
         raise UserError(
             "the held-out stories are paper dolls, for presets nano and small: give your own clips, with --history "
             "(retrieval) or --data FOLDER (table1)"
         )
-    return story_clips("held-out", config.clips, base, config.cache, keep_pixels=True)
+    return story_clips("held-out", config.clips, base, config.cache, rate, keep_pixels=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

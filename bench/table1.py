@@ -97,11 +97,14 @@ def costs(model, base, size, device):
     The time is the median of 5, for one clip; making `low` counts for methods that read it.
     """
     encoder = model.encoder
+    codec, in_frames = base.codec, base.codec.stride[0]
     high = torch.randn(1, base.dit.in_dim, base.history, *size, device=device)
-    low = encoder.downsample(base.codec, high)
+    frames = (base.history - 1) * in_frames + 1 if codec.causal else base.history * in_frames
+    pixels = torch.rand(1, 3, frames, *(n * s for n, s in zip(size, codec.stride[1:])), device=device) * 2 - 1
 
     def encode():
-        return encoder.encode(high, encoder.downsample(base.codec, high) if encoder.reads_low else low)
+        low = codec.low_encoder(encoder.rate)(pixels) if encoder.reads_low else high[:, :, :0]
+        return encoder.encode(high, low)
 
     with torch.no_grad(), autocast(device):
         tokens = encode()[0].shape[1]
@@ -114,10 +117,11 @@ def costs(model, base, size, device):
     }
 
 
-def measure_run(config, clips, lpips, folder):
+def measure_run(config, lpips, folder):
     """(values, pictures, costs) of a run, for measure_runs()."""
     print(f"measuring {folder}")
     model, base, _ = open_checkpoint(Path(folder) / "model.safetensors", config, "pretrain")
+    clips = open_clips(config, base, model.encoder)
     values, _, pictures = retrieve(model, base, model.encoder, clips, config, lpips)
     spent = costs(model, base, clips[0].size, pick_device(config.device))
     return values["model"] | {"psnr_one_step": values["one_step"]["psnr"]}, pictures["model"], spent
@@ -240,21 +244,21 @@ def open_clips(config, base, encoder):
     if not base.codec.decodes:
         raise UserError("--vae is needed: a local folder of Wan's VAE in the diffusers layout")
     if config.data == "world":
-        clips = stories(config, base)
+        clips = stories(config, base, encoder.low_rate)
     else:
-        clips = held_out_videos(config.data, base, config.cache)
+        clips = held_out_videos(config.data, base, config.cache, encoder.low_rate)
     shortest = min(encoder.whole(min(clip.frames, base.history)) for clip in clips)
     if config.queries > shortest:
         raise UserError(f"--queries {config.queries}: the shortest held-out clip has {shortest} latents to choose from")
     return clips
 
 
-def held_out_videos(folder, base, cache):
+def held_out_videos(folder, base, cache, rate=None):
     """The held-out clips of video_clips(), without encoding those to train on."""
     names = split_videos([path.relative_to(folder).as_posix() for path in find_videos(folder)])[1]
-    encoded, skipped = encode_videos(folder, [Path(folder) / name for name in names], base, cache)
+    encoded, skipped = encode_videos(folder, [Path(folder) / name for name in names], base, cache, rate)
     if skipped:  # another may be held out in its place
-        return video_clips(folder, base, cache)[1]
+        return video_clips(folder, base, cache, rate)[1]
     print(f"{len(names)} held-out videos: {', '.join(names)}")
     return collect(folder, encoded, names, base, pixels=True)
 
@@ -272,7 +276,7 @@ def table1(argv):
     encoder = find_method("full")(base, "1x1x1")  # any would do: for the codec's row it only says what segments are
     clips = open_clips(config, base, encoder)
     asked = question(config, base.codec, clips, "steps", "shift", "seed", "queries", lpips=bool(lpips))
-    measure_one = partial(measure_run, config, clips, lpips)
+    measure_one = partial(measure_run, config, lpips)
     everything = measure_runs(runs, stem.name, asked, describe_machine(device), measure_one)
     ceiling, ages, pictures = retrieve(None, base, encoder, clips, config, lpips)
     rows = sorted(first_seeds(everything), key=lambda row: row.psnr.mean(), reverse=True)

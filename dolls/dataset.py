@@ -17,7 +17,7 @@ from util.video import to_pixels
 from util.weights import open_safetensors
 
 # Raise it whenever a story or its picture changes (stories.py, drawing.py): cached latents are then made again.
-WORLD_VERSION = 1
+WORLD_VERSION = 2
 HISTORY_SECTIONS = 10  # sections of a story that serve as history
 STORY_SECTIONS = 13  # with three more to continue them
 UNKNOWN_WORDS = (
@@ -32,23 +32,24 @@ def story_pixels(split, index, base):
     return story, render(story, None, base.section, *base.sizes[0])[0]
 
 
-def encode_story(split, index, base):
-    """Latents (C, F, h, w) float16 of a story."""
-    pixels = story_pixels(split, index, base)[1]
-    return base.codec.encode(to_pixels(pixels)[None])[0].half()
+def encode_story(split, index, base, rate=None):
+    """Latents (C, F, h, w) float16 of a story, or of the smaller video of this rate."""
+    pixels = to_pixels(story_pixels(split, index, base)[1])[None]
+    return (base.codec.encode_low(pixels, rate) if rate else base.codec.encode(pixels))[0].half()
 
 
-def load_latents(split, count, base, cache):
-    """Latents (count, C, F, h, w) float16 of the first stories of a split, drawn and encoded unless they are cached.
+def load_latents(split, count, base, cache, rate=None):
+    """encode_story() of the first stories of a split, (count, C, F, h, w), drawn and encoded unless they are cached.
 
     The name of the cache file depends on everything the latents depend on. Raises UserError if the file is damaged.
     """
-    settings = (WORLD_VERSION, base.sizes[0], base.section, base.codec.settings, STORY_SECTIONS)
+    settings = (WORLD_VERSION, base.sizes[0], base.section, base.codec.settings, STORY_SECTIONS, rate and rate[1:])
     digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
     path = Path(cache) / f"world-{split}-{count}-{digest}.safetensors"
     if not path.exists():
         check_writable(path)
-        latents = [encode_story(split, i, base) for i in tqdm(range(count), desc=f"drawing {split} stories")]
+        stories = tqdm(range(count), desc=f"drawing {split} stories" + ", smaller" * bool(rate))
+        latents = [encode_story(split, i, base, rate) for i in stories]
         with atomic_write(path, replace=True) as part:
             save_file({"latents": torch.stack(latents)}, part)
     try:
@@ -58,18 +59,19 @@ def load_latents(split, count, base, cache):
         raise UserError(f"{path} is damaged: delete it, then it is made again") from None
 
 
-def load_stories(split, count, base, cache, keep_pixels=False):
+def load_stories(split, count, base, cache, rate=None, keep_pixels=False):
     """The first `count` stories of a split ("train" or "held-out"), one dict per story:
 
-    latents (C, F, h, w) float16; storyboard [(first latent frame, prompt)]; pixels uint8 (F, H, W, 3), or None unless
-    keep_pixels; story, the Story.
+    latents (C, F, h, w) float16; low, the same of the smaller video, if a rate (t, h, w) is given; storyboard [(first
+    latent frame, prompt)]; pixels uint8 (F, H, W, 3), or None unless keep_pixels; story, the Story.
     """
     clips = []
+    lows = load_latents(split, count, base, cache, rate) if rate else [None] * count
     for i, latents in enumerate(load_latents(split, count, base, cache)):
         story = make_story(world_seed(split, i), STORY_SECTIONS)
         storyboard = [(k * base.section, story.caption(k)) for k in range(STORY_SECTIONS)]
         pixels = torch.from_numpy(story_pixels(split, i, base)[1]) if keep_pixels else None
-        clips.append(dict(latents=latents, storyboard=storyboard, pixels=pixels, story=story))
+        clips.append(dict(latents=latents, low=lows[i], storyboard=storyboard, pixels=pixels, story=story))
     return clips
 
 

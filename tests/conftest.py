@@ -37,13 +37,13 @@ def cache(tmp_path_factory):
     """A folder that holds the encoded stories of all tests."""
     path = tmp_path_factory.mktemp("cache")
     for split, count in ("train", 8), ("held-out", 2):
-        story_clips(split, count, tiny_base(), path)
+        story_clips(split, count, tiny_base(), path, (2, 4, 4))
     return path
 
 
 @pytest.fixture
 def clips(cache):
-    return story_clips("train", 8, tiny_base(), cache).clips
+    return story_clips("train", 8, tiny_base(), cache, (2, 4, 4)).clips
 
 
 @pytest.fixture

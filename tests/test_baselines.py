@@ -23,7 +23,7 @@ def make_encoder(method, rate="4x4x2", preset="tiny"):
 def test_large_patchifier_begins_as_the_patchify_of_averaged_latents(rate):
     model, x = MemoryDiT(tiny_base(), "large-patchifier", rate), randn(2, 16, 8, 16, 32)
     randomize(model.dit)
-    model.encoder.start_from(model.dit, slice(None))
+    model.encoder.start_from(model.dit)
     expected = model.dit.patch_embedding(F.avg_pool3d(x, model.encoder.rate))
     assert expected.std() > 0.01 and (model.encoder.encode(x, x)[0] - expected).abs().max() < 1e-5
     flat = torch.ones_like(x) * randn(1, 16, 1, 1, 1)
@@ -113,7 +113,7 @@ def test_methods_that_keep_frames(method, window, most, kept, preset):
         assert tokens.shape[1] == 16 and positions[0].tolist() == [7, 0, 0]
     memory = Memory(model, base.codec, most)
     for piece in x[:1].split(3, 2):
-        memory.append(piece)
+        memory.append(piece, piece)  # no pixels are read
     tokens, positions = memory.context()
     assert torch.allclose(tokens, expected[0][:1], atol=1e-6) and torch.equal(positions, expected[1])
     assert memory.frames == 11 and memory.times.tolist() == kept and memory.uncompressed == 16 * len(kept)
@@ -124,6 +124,6 @@ def test_no_memory_keeps_nothing():
     base, x = tiny_base(), randn(1, 16, 8, 8, 8)
     model = MemoryDiT(base, "none")
     memory = Memory(model, base.codec)
-    memory.append(x)
+    memory.append(x, x)
     assert memory.context() is None and memory.uncompressed == 0 and memory.frames == 8
     assert model.encoder.encode(x, x) is None and not list(model.encoder.parameters())

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 import data
 from bases import nano, open_base
 from bases.nano import DCTCodec, HashPrompts
-from tests.common import TINY, tiny_base, write_video
+from tests.common import tiny_base, tiny_encoder, write_video
 from util import cache
 from util.cli import UserError, warn
 from util.folder import nearest_size, split_videos
@@ -35,8 +35,8 @@ def cached_clips(base=None, n_held_out=16):
 
 
 def read(clip):
-    """(latents, embedding of the prompt of its last frame) of a clip."""
-    return clip.cut(0, clip.frames), clip.text(clip.frames - 1, HashPrompts(16, 24))
+    """(latents, embedding of the prompt of its last frame, `low` at 4x4x2) of a clip."""
+    return clip.cut(0, clip.frames), clip.text(clip.frames - 1, HashPrompts(16, 24)), clip.load_low(tiny_encoder())
 
 
 def same(some, others):
@@ -133,7 +133,7 @@ def test_a_cache_goes_on_and_is_never_stale(monkeypatch, encoded, capsys):
     for changed in dict(fps=4), dict(sizes=((32, 48),)), dict(section=2):
         encoded.clear()
         with monkeypatch.context() as m:
-            m.setitem(nano.PRESETS, "tiny", TINY | changed)
+            m.setitem(nano.PRESETS, "tiny", nano.PRESETS["tiny"] | changed)
             make_cache()
         assert encoded == everything
     for version in "READING", "VERSION":
@@ -155,7 +155,7 @@ def test_a_cache_that_was_stopped_goes_on(monkeypatch, encoded):
         m.setattr(cache, "video_windows", stop_at_2)
         make_cache()
     with pytest.raises(UserError, match="is not a cache of latents"):
-        data.open_dataset(str(OUT), open_base("tiny-wan"), "unused", 1, 1)
+        data.open_dataset(str(OUT), open_base("tiny-wan"), "unused", 1, 1, None)
     assert encoded == ["0.mp4", "1.mp4"]
     make_cache()
     assert encoded == [f"{i}.mp4" for i in range(4)] and len(cached_clips()) == 4
@@ -196,14 +196,14 @@ def test_a_window_is_written_while_the_video_is_encoded(monkeypatch, encoded):
     monkeypatch.setattr(cache, "save_file", lambda *a: events.append("save") or save_file(*a))
     make_cache()
     whole, files = [read(clip) for clip in cached_clips()], sorted((OUT / "windows").iterdir())
-    assert events == 9 * ["encode", "save"] and len(whole) == len(files) == 9
+    assert events == 9 * ["encode", "encode", "save"] and len(whole) == len(files) == 9
     events.clear()
     make_cache()
     assert events == []
     files[4].unlink()  # any of its windows: the video is made again
     encoded.clear()
     make_cache()
-    assert len(encoded) == 1 and events == 3 * ["encode", "save"]
+    assert len(encoded) == 1 and events == 3 * ["encode", "encode", "save"]
     assert same([read(clip) for clip in cached_clips()], whole)
 
 
@@ -278,13 +278,15 @@ def test_a_cache_of_other_settings_is_refused():
     ):
         with pytest.raises(UserError, match=says):
             cached_clips(other)
+    with pytest.raises(UserError, match=r"holds low.4x4x2, not low.2x2x2: run data.py cache again with --rates"):
+        data.cached_clips(OUT, base, 1, (2, 2, 2))
     whole = manifest()
     (OUT / "manifest.json").write_text(json.dumps(whole | {"videos": {}}))
     with pytest.raises(UserError, match="holds no clip"):
         cached_clips()
     whole["settings"]["version"] = 1  # of the layout before, with files of many videos
     (OUT / "manifest.json").write_text(json.dumps(dict(settings=whole["settings"], files={})))
-    with pytest.raises(UserError, match="with version 1, not 2: .* or run data.py cache again"):
+    with pytest.raises(UserError, match="with version 1, not 3: .* or run data.py cache again"):
         cached_clips()
     with pytest.raises(UserError, match="is damaged: it is not a cache's manifest"):
         make_cache()

@@ -128,7 +128,7 @@ def test_captions_may_come_from_elsewhere_and_go_on_after_the_end(folder, capsys
     """A dataset brings its own; those of the paper-doll stories are three sections longer than their videos."""
     paths = sorted(folder.glob("[1-5].mp4"))
     captions = lambda path: [(0, path.stem), (30, "later")]
-    encoded, _ = latents.encode_videos(folder, paths, tiny_base(), "cache", captions)
+    encoded, _ = latents.encode_videos(folder, paths, tiny_base(), "cache", captions=captions)
     assert encoded["3.mp4"][1] == [(0, "3"), (60, "later")]
     error = capsys.readouterr().err
     assert error.count("warning: ") == 1 and "5 storyboards go on after their videos end (as that of" in error

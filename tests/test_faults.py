@@ -38,7 +38,7 @@ from tests.common import (
 from util import files
 from util.cli import UserError, protect_output
 from util.files import LOCK, atomic_write, parse_json
-from util.folder import find_videos
+from util.folder import copy_history, find_videos
 from util.storyboard import parse_storyboard
 from util.video import read_video, video_info
 from util.weights import load_weights, read_config, weight_files
@@ -327,7 +327,7 @@ def test_memory_does_not_grow_with_the_history():
             held.append(Frame.alive)
             yield frame.view(Frame).copy()
 
-    history = sample.copy_history(frames(2000), Writer(), sample.SampleConfig(memory_seconds=20), base)
+    history = copy_history(frames(2000), Writer(), base, 10)
     assert history.frames == sum(written) == 2000 and len(history.remembered) == 40
     assert max(held) < 120 and len(history.newest) == 48  # 12 sections of 4 frames
 

@@ -257,7 +257,7 @@ def test_retrieval_of_your_own_clip(stage1, capsys):
 @torch.no_grad()
 def test_controls_have_the_memory_of_the_next_clip_and_none(cache):
     base, config = tiny_base(), RetrievalConfig(steps=1, batch=2, device="cpu")
-    model, clips = randomize(MemoryDiT(base)), story_clips("held-out", 2, base, cache, keep_pixels=True)
+    model, clips = randomize(MemoryDiT(base)), story_clips("held-out", 2, base, cache, (2, 4, 4), keep_pixels=True)
     draw = clean_retrieval(config, base, model.encoder, clips)
     made, batch = reconstruct(model, base, draw, 2, config), draw([0, 1])
     with autocast(torch.device("cpu")):

@@ -14,7 +14,7 @@ from bench.nets import diffusers_dit
 from data import story_clips
 from encoder import MemoryDiT
 from model import DiT, DiTConfig, add_noise, sample
-from tests.common import ROOT, SHARED, flags, losses, randn, randomize, run, tiny_base
+from tests.common import ROOT, SHARED, flags, losses, randn, randomize, run, smaller, tiny_base
 from util import attention
 
 FIXTURES = ROOT / "tests" / "fixtures"  # outputs of Wan's own code for tiny random weights
@@ -62,7 +62,11 @@ class PlainDiT:
         if phases is not None:
             q, k = self.rotate(q, phases), self.rotate(k, phases)
         weights = (torch.einsum("nhd,mhd->hnm", q, k) / q.shape[-1] ** 0.5).softmax(-1)
-        return self.linear(f"{name}.o", torch.einsum("hnm,mhd->nhd", weights, v).flatten(1))
+        if phases is not None and self.config.rotate_values:
+            read = self.rotate(torch.einsum("hnm,mhd->nhd", weights, self.rotate(v, phases)), phases.conj())
+        else:
+            read = torch.einsum("hnm,mhd->nhd", weights, v)
+        return self.linear(f"{name}.o", read.flatten(1))
 
     def rotate(self, y, phases):
         return torch.view_as_real(torch.view_as_complex(y.unflatten(-1, (-1, 2))) * phases).flatten(-2)
@@ -120,10 +124,11 @@ class PlainDiT:
         return result
 
 
+@pytest.mark.parametrize("rotate_values", [False, True])
 @pytest.mark.parametrize("M", [0, 7])
 @torch.no_grad()
-def test_the_dit_equals_a_plain_one(M):
-    dit = tiny_dit()
+def test_the_dit_equals_a_plain_one(M, rotate_values):
+    dit = tiny_dit(rotate_values=rotate_values)
     x, text, t = randn(2, 4, 3, 4, 6), randn(2, 5, 16, seed=1), torch.tensor([731.0, 12.5])
     frames = torch.tensor([[0, 1, 2], [17.25, 40, 3]])
     tokens, places = randn(2, M, 40, seed=2), 20 * randn(2, M, 3, seed=3)
@@ -169,9 +174,11 @@ def test_the_dit_equals_that_of_diffusers(tmp_path):
     assert (ours(x, t, text) - expected).abs().max() < 1e-5 and expected.std() > 0.1
 
 
+@pytest.mark.parametrize("rotate_values", [False, True])
 @torch.no_grad()
-def test_memory_is_placed_by_positions_alone():
-    dit, x, t, text = tiny_dit(), randn(1, 4, 2, 4, 4), torch.tensor([400.0]), randn(1, 6, 16)
+def test_memory_is_placed_by_positions_alone(rotate_values):
+    dit = tiny_dit(rotate_values=rotate_values)
+    x, t, text = randn(1, 4, 2, 4, 4), torch.tensor([400.0]), randn(1, 6, 16)
     tokens, places = randn(1, 3, 40), randn(3, 3)
     alone = dit(x, t, text)
     assert torch.equal(alone, dit(x, t, text, None, (tokens[:, :0], places[:0])))
@@ -209,10 +216,12 @@ def test_attention_is_softmax_attention_at_any_length(n, m, dtype, error, piece,
         assert (z.grad - true.grad).abs().max() < error * (1 + true.grad.abs().max())
 
 
+@pytest.mark.parametrize("rotate_values", [False, True])
 @torch.no_grad()
-def test_rotations_are_the_same_compiled(monkeypatch):
+def test_rotations_are_the_same_compiled(rotate_values, monkeypatch):
     """The compiler takes another path: it knows no complex numbers."""
-    dit, x, t, text = tiny_dit(), randn(2, 4, 2, 4, 6), torch.tensor([300.0, 900.0]), randn(2, 6, 16, seed=1)
+    dit = tiny_dit(rotate_values=rotate_values)
+    x, t, text = randn(2, 4, 2, 4, 6), torch.tensor([300.0, 900.0]), randn(2, 6, 16, seed=1)
     memory = randn(2, 3, 40, seed=2), randn(3, 3, seed=3)
     eager = dit(x, t, text, memory=memory)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -234,7 +243,7 @@ def test_flow_runs_from_data_to_noise():
 def test_the_model_is_the_dit_given_the_encoded_history():
     base = tiny_base()
     model, high = randomize(MemoryDiT(base)), randn(2, 16, 8, 8, 8)
-    low = base.codec.downsample(high, model.encoder.rate)
+    low = smaller(high, model.encoder.rate)
     x_t, text, times = randn(2, 16, 3, 8, 8, seed=1), randn(2, 24, 16), torch.tensor([[1, 5, 6], [0, 2, 9]])
     v = model(high, low, x_t, torch.tensor([0.3, 0.8]), text, times)
     memory = model.encoder.encode(high, low)
@@ -247,7 +256,8 @@ def test_the_loss_is_the_squared_error_of_the_velocity(cache):
     run(pretrain.main, *flags(cache, out="a", steps=1, batch=4))
     config, base = pretrain.PretrainConfig(preset="tiny", init="random", batch=4), tiny_base()
     pretrain.check(config)
-    clips, encoder = story_clips("train", 8, base, cache), MemoryDiT(base, config.method, config.rate).encoder
+    encoder = MemoryDiT(base, config.method, config.rate).encoder
+    clips = story_clips("train", 8, base, cache, encoder.low_rate)
     chosen = [clips[i] for i in clips.batch(0, config.batch, config.seed)]
     batch = pretrain.draw_retrieval(config, base, encoder, chosen, range(4), 0)
     assert losses("a") == pytest.approx([(batch.noise - batch.target).square().mean().item()], rel=1e-5)

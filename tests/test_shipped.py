@@ -19,8 +19,10 @@ SHIPPED = ROOT / "checkpoints" / "nano.safetensors"
 pytestmark = pytest.mark.skipif(not SHIPPED.is_file(), reason="needs checkpoints/nano.safetensors")
 
 
-def encode_memory(base, model, high):
-    return model.encoder.encode(high, model.encoder.downsample(base.codec, high))
+def encode_memory(base, model, clips):
+    """φ of the first 40 frames of clips."""
+    high, low = (torch.cat(x) for x in zip(*(clip.history(0, 40, model.encoder, base.codec) for clip in clips)))
+    return model.encoder.encode(high, low)
 
 
 @torch.no_grad()
@@ -30,12 +32,11 @@ def test_the_model_remembers_and_obeys(tmp_path):
     base, config = open_base("nano"), read_config(SHIPPED)
     model = load_model(SHIPPED, base)
     assert config["stage"] == "finetune" and config["preset"] == "nano"
-    clips = story_clips("held-out", 8, base, tmp_path, keep_pixels=True).clips
-    high = torch.cat([clip.cut(0, 40) for clip in clips])
+    clips = story_clips("held-out", 8, base, tmp_path, model.encoder.low_rate, keep_pixels=True).clips
     truth = torch.stack([clip.pixels[40:44] for clip in clips])
     text = torch.stack([base.prompts(clip.prompt(40)) for clip in clips])
     noise, times, found = randn(8, 16, 4, 16, 16), torch.arange(40, 44), {}
-    for name, history in ("right", high), ("wrong", high.roll(1, 0)), ("none", None):
+    for name, history in ("right", clips), ("wrong", clips[-1:] + clips[:-1]), ("none", None):
         memory = None if history is None else encode_memory(base, model, history)
         frames = to_frames(base.codec.decode(sample(model.dit, noise, text, times, memory, steps=10)))
         found[name] = psnr(frames, truth).mean().item()
@@ -52,8 +53,8 @@ def test_the_model_shows_what_the_prompt_asks_for(tmp_path):
     base = open_base("nano")
     model = load_model(SHIPPED, base)
     noise, times, right = randn(1, 16, 4, 16, 16).expand(6, -1, -1, -1, -1), torch.arange(40, 44), []
-    for clip in story_clips("held-out", 4, base, tmp_path).clips:
-        tokens, positions = encode_memory(base, model, clip.cut(0, 40))
+    for clip in story_clips("held-out", 4, base, tmp_path, model.encoder.low_rate).clips:
+        tokens, positions = encode_memory(base, model, [clip])
         *shots, last = clip.story.shots[:11]
         choices = [dict(scene=scene, framing=framing) for scene in range(3) for framing in range(2)]
         asked = [

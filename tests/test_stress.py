@@ -108,8 +108,8 @@ def test_memory_of_1000_steps(stage, more, cache, monkeypatch, report):
 def test_memory_of_200_sections(seconds, monkeypatch, report):
     found, tokens = [], []
 
-    def append(memory, latents, real=Memory.append):
-        real(memory, latents)
+    def append(memory, latents, pixels, real=Memory.append):
+        real(memory, latents, pixels)
         found.append(resident())
         tokens.append(memory.context()[0].shape[1])
 

@@ -11,7 +11,7 @@ from bench import table1
 from bench.lpips import open_lpips
 from bench.runs import Row
 from data import story_clips
-from encoder import MemoryEncoder, load_model
+from encoder import load_model
 from eval import main, psnr
 from model import sample
 from pretrain import PretrainConfig, draw_retrieval
@@ -125,7 +125,7 @@ def test_a_row_is_what_the_model_retrieves(stage1_runs, cache):
     run(main, "table1", folder, "--clips", 2, "--steps", 2, "--cache", cache)
     row = read_csv("out/table1.csv")[1]
     model = load_model(folder / "model.safetensors", base)
-    clips = story_clips("held-out", 2, base, cache, keep_pixels=True)
+    clips = story_clips("held-out", 2, base, cache, model.encoder.low_rate, keep_pixels=True)
     batch = draw_retrieval(settings, base, model.encoder, clips, range(2), 0)
     with torch.no_grad(), autocast(torch.device("cpu")):
         memory = model.encoder.encode(batch.high, batch.low)
@@ -143,10 +143,10 @@ def test_a_row_is_what_the_model_retrieves(stage1_runs, cache):
 def test_making_low_counts_for_methods_that_read_it(name, reads_low, stage1_runs, monkeypatch):
     base = tiny_base()
     model, made = load_model(stage1_runs / name / "model.safetensors", base), []
-    downsample = MemoryEncoder.downsample
-    monkeypatch.setattr(MemoryEncoder, "downsample", lambda *args: made.append(1) or downsample(*args))
+    encode = base.codec.encode
+    monkeypatch.setattr(base.codec, "encode", lambda *args: made.append(1) or encode(*args))
     table1.costs(model, base, (8, 8), torch.device("cpu"))
-    assert len(made) == (1 + 1 + 6 if reads_low else 1)  # beforehand, to count tokens, and in 6 rounds
+    assert len(made) == (1 + 6 if reads_low else 0)  # to count tokens, and in 6 rounds
 
 
 def test_table1_of_videos(stage1_runs):

@@ -19,7 +19,7 @@ from model import sample
 from pretrain import generator
 from tests.common import TINY, randomize, read_csv, run, tiny_base, write_checkpoint
 from util.device import autocast
-from util.video import to_frames, video_info
+from util.video import to_frames, to_pixels, video_info
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Continuing
@@ -29,16 +29,16 @@ from util.video import to_frames, video_info
 def test_stories_are_continued_as_sample_does(cache):
     """A batch gives what Memory, section by section, gives each story."""
     base, config = tiny_base(), table2.Table2Config(steps=2, batch=2, seed=5, device="cpu")
-    model, clips = randomize(MemoryDiT(base)), story_clips("held-out", 2, base, cache)
+    model, clips = randomize(MemoryDiT(base)), story_clips("held-out", 2, base, cache, keep_pixels=True)
     made = consistency.continue_stories(model, base, clips, 10, 2, config)
     memory = Memory(model, base.codec, most=10)  # 20 s, as by default
     with autocast(torch.device("cpu")):
-        memory.append(clips[1].cut(0, 40))
+        memory.append(clips[1].cut(0, 40), to_pixels(clips[1].pixels[None, :40]))
         for k in 10, 11:
             noise = torch.randn(1, 16, 4, 8, 8, generator=generator(5, 1, k))
             text, times = clips[1].text(4 * k, base.prompts), 4 * k + torch.arange(4)
             x = sample(model.dit, noise, text, times, memory.context(), 2, 3.0, 1.5).float()
-            memory.append(x)
+            memory.append(x, base.codec.decode(x))
             difference = to_frames(base.codec.decode(x))[0].int() - made[1, k - 10].int()
             assert difference.abs().float().mean() < 1  # bf16 differs with the size of a batch
 
@@ -46,7 +46,7 @@ def test_stories_are_continued_as_sample_does(cache):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_continues_stories(method, cache):
     base, config = tiny_base(), table2.Table2Config(steps=1, device="cpu")
-    model, clips = randomize(MemoryDiT(base, method)), story_clips("held-out", 2, base, cache)
+    model, clips = randomize(MemoryDiT(base, method)), story_clips("held-out", 2, base, cache, keep_pixels=True)
     assert consistency.continue_stories(model, base, clips, 10, 2, config).shape == (2, 2, 4, 32, 32, 3)
     found = consistency.costs(model, base, clips[0], config)
     expected = {"sliding-window": 16, "keyframes": 2 * 16, "full": 40 * 16, "none": 0}.get(method, 20)

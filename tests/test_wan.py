@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 
 import finetune
 import pretrain
-import sample
 from bases import open_base
 from bases.umt5 import UMT5Prompts
 from bases.wan import MEAN, STD, WanCodec
 from data import Clip, Clips
 from encoder import MemoryDiT
-from tests.common import SETTINGS, randn, tiny_base
+from tests.common import SETTINGS, BlockCodec, randn, smaller, tiny_base
 from util.cli import UserError
+from util.folder import copy_history
 
 
 @pytest.mark.optional
@@ -95,14 +95,30 @@ def test_the_vae_shows_frames_in_their_place(vae):
     assert (beyond - codec.decode(latents)[:, :, [16, 20]]).abs().max() < 1e-4
 
 
-def test_the_codec_downsamples_whole_segments_and_the_lone_latent():
-    codec, x = WanCodec(), randn(1, 16, 9, 6, 10)
-    small = codec.downsample(x, (2, 2, 2))
-    assert small.shape == (1, 16, 5, 4, 6)  # up to whole 2 x 2 tokens
-    assert torch.allclose(small[:, :, 0, :3, :5], F.avg_pool2d(x[:, :, 0], 2)) and not codec.decodes
-    assert torch.allclose(small[:, :, 1:, :3, :5], F.avg_pool3d(x[:, :, 1:], 2), atol=1e-6)
+@pytest.mark.parametrize("rate", [(2, 4, 4), (1, 2, 2), (4, 2, 2)])
+def test_low_is_a_stream_of_the_smaller_video(rate):
+    check_low(BlockCodec(), rate)
     with pytest.raises(UserError, match="--vae"):
-        codec.decoder()
+        WanCodec().low_encoder(rate)
+
+
+@pytest.mark.optional
+def test_low_is_a_stream_of_the_smaller_video_with_a_vae(vae):
+    check_low(WanCodec(vae), (2, 2, 2))
+
+
+def check_low(codec, rate):
+    """Frames 0, t, 2t, ... made smaller; segment by segment as all at once; any history is the stream's beginning."""
+    (t, h, w), pixels = rate, randn(1, 3, 33, 64, 96).clamp(-1, 1)
+    low, encode = codec.encode_low(pixels, rate), codec.low_encoder(rate)
+    assert low.shape == (1, 16, 1 + 8 // t, -(-64 // (8 * h)), -(-96 // (8 * w)))
+    small = pixels[:, :, ::t].unfold(3, h, h).unfold(4, w, w).mean((5, 6))
+    small = F.pad(small, (0, -small.shape[4] % 8, 0, -small.shape[3] % 8, 0, 0), mode="replicate")
+    assert torch.allclose(low, codec.encode(small), atol=1e-4) and low.std() > 0.01
+    pieces = [encode(piece) for piece in (pixels[:, :, :1], *pixels[:, :, 1:].split(16, dim=2))]
+    assert torch.allclose(torch.cat(pieces, dim=2), low, atol=1e-4)
+    short = codec.encode_low(pixels[:, :, :17], rate)
+    assert torch.allclose(codec.cut_low(low, 0, 5, t), short, atol=1e-4)
 
 
 @pytest.mark.optional
@@ -136,7 +152,7 @@ def test_prompts_are_embedded_on_the_cpu_if_the_gpu_is_too_small(t5, capsys, mon
 
 
 def test_training_is_on_whole_segments_at_the_bases_noise_levels():
-    base, clips = tiny_base("tiny-wan"), Clips([Clip(randn(16, 13, 8, 8), [])])
+    base, clips = tiny_base("tiny-wan"), Clips([Clip(randn(16, 13, 8, 8), [], low=randn(16, 7, 2, 2))])
     encoder = MemoryDiT(base).encoder
     for step in range(20):
         batch = finetune.draw_continuation(SETTINGS["finetune"], base, encoder, clips, range(1), step)
@@ -154,13 +170,13 @@ def test_a_history_is_whole_segments(frames, latents, tokens):
     """20 s at 16 fps are 320 frames, 80 latents: seven of them would wait uncompressed."""
     base, written = open_base("wan-1.3b"), []
     stream = (np.full((1, 1, 1), i) for i in range(frames))
-    history = sample.copy_history(stream, SimpleNamespace(write=written.append), sample.SampleConfig(), base)
+    history = copy_history(stream, SimpleNamespace(write=written.append), base, 10)
     kept = history.remembered
     assert len(written) == history.frames == frames and kept[-1].item() == frames - 1 and len(kept) == 4 * latents - 3
     with torch.device("meta"):
         encoder = MemoryDiT(base, rate="4x4x2").encoder
         high = torch.zeros(1, 16, latents, 480 // 8, 832 // 8)
-        memory = encoder.encode(high, encoder.downsample(base.codec, high))
+        memory = encoder.encode(high, smaller(high, encoder.rate))
     assert memory[0].shape == (1, tokens, base.dit.dim)
 
 

@@ -1,6 +1,7 @@
 """A cache of latents: a folder of videos encoded once, to train on. `python data.py cache` writes it.
 
-OUT/windows/KEY-N.safetensors   a window of a 20 s history and a section: latents, prompts. KEY begins the hash of all
+OUT/windows/KEY-N.safetensors   a window of a 20 s history and a section: latents, `low` of each rate, prompts. KEY
+                                begins the hash of all
                                 it depends on: a name never comes to stand for other content while a training reads it
 OUT/videos/ID.json              what was made of one video, or why it was skipped; as long as its key is right, it is
                                 not made again. ID begins the hash of the video's name
@@ -27,7 +28,7 @@ from util.weights import open_safetensors
 
 # Raise it when a change makes other latents or embeddings of a file, or other files of them: caches are then made
 # again. (For read_video() raise READING.)
-VERSION = 2
+VERSION = 3
 WINDOW_NAME = re.compile(r"[0-9a-f]{24}-\d+\.safetensors")
 
 
@@ -42,8 +43,14 @@ def cache_settings(base):
 # Reading
 
 
-def read_manifest(folder, base):
-    """{video: [(file, frames, height, width) of each of its windows]} of a complete cache made for this base.
+def low_name(rate):
+    """The name in a window's file of `low` of a rate (t, h, w)."""
+    return "low.{1}x{2}x{0}".format(*rate)
+
+
+def read_manifest(folder, base, rate=None):
+    """{video: [(file, frames, height, width) of each of its windows]} of a complete cache made for this base, with
+    `low` of this rate.
 
     Raises UserError.
     """
@@ -58,6 +65,12 @@ def read_manifest(folder, base):
                 f"--data {folder} was cached with {key} {theirs.get(key)}, not {value}: give the preset that it "
                 "was made for, or run data.py cache again"
             )
+    lows = theirs.get("lows", [])
+    if rate and low_name(rate) not in lows:
+        raise UserError(
+            f"--data {folder} holds {', '.join(lows)}, not {low_name(rate)}: run data.py cache again with --rates, or "
+            "train with a --rate that is there"
+        )
     if not isinstance(videos, dict) or not all(are_windows(windows) for windows in videos.values()):
         raise UserError(f"{path} is damaged: {advice}")
     found = {}
@@ -149,7 +162,7 @@ def find_captions(folder, captions_file, names):
 # Writing
 
 
-def write_cache(videos, out, captions_file, base, processes):
+def write_cache(videos, out, captions_file, base, rates, processes):
     """Encode the videos of a folder into a cache. Resumes; the processes share the work. Raises UserError."""
     out, paths = Path(out), find_videos(videos)
     if processes.rank == 0:
@@ -159,11 +172,11 @@ def write_cache(videos, out, captions_file, base, processes):
     captions = find_captions(videos, captions_file, names.values()) if captions_file else None
     if captions or captions is None and any(path.with_suffix(s).is_file() for path in paths for s in (".txt", ".json")):
         base.prompts("a prompt")  # no text encoder? Say so now, not after hours
-    settings = cache_settings(base) | {"prompts": base.prompts.settings}
+    settings = cache_settings(base) | {"prompts": base.prompts.settings, "lows": [low_name(rate) for rate in rates]}
     mine = paths[processes.rank :: processes.world_size]
     n_skipped = processes.running_sum()
     for path in tqdm(mine, desc="caching videos", disable=processes.rank > 0):
-        entry = cache_video(out, path, names[path], captions, settings, base)
+        entry = cache_video(out, path, names[path], captions, settings, base, rates)
         if "skipped" in entry:
             tqdm.write(f"skipped: {entry['skipped']}", file=sys.stderr)
         # counted over all processes: above the limit there is no need to encode the rest
@@ -192,7 +205,7 @@ def index_of(out, name):
     return out / "videos" / (f"{name_digest(name):064x}"[:24] + ".json")
 
 
-def cache_video(out, path, name, captions, settings, base):
+def cache_video(out, path, name, captions, settings, base, rates):
     """Make a video's windows and its index, unless they are there -> the index.
 
     {"key": ..., "windows": [(file name, bytes, frames, height, width)]} or {"key": ..., "skipped": why}. Raises
@@ -211,7 +224,7 @@ def cache_video(out, path, name, captions, settings, base):
     if made.get("key") == key and complete:
         return made
     try:
-        windows = write_windows(out / "windows", path, board, key, base)
+        windows = write_windows(out / "windows", path, board, key, base, rates)
     except Exception as e:
         return write_index(index, dict(key=key, skipped=why_unusable(path, e)))
     if not board:
@@ -226,13 +239,13 @@ def write_index(path, entry):
     return entry
 
 
-def write_windows(folder, path, board, key, base):
+def write_windows(folder, path, board, key, base, rates):
     """Encode a video window by window -> [(file name, bytes, frames, height, width)].
 
-    A window's file has latents (C, F, h, w) bfloat16, text.K (L, text_dim) for each of its prompts, and the latents at
-    which these start.
+    A window's file has latents (C, F, h, w) bfloat16, `low` of each rate, text.K (L, text_dim) for each of its prompts,
+    and the latents at which these start.
     """
-    rate, written, end = base.fps / base.codec.stride[0], [], 0.0  # latents per second
+    per_second, written, end = base.fps / base.codec.stride[0], [], 0.0  # latents per second
 
     @functools.lru_cache(8)  # most windows share their prompts with the next
     def embed(prompt):
@@ -241,14 +254,19 @@ def write_windows(folder, path, board, key, base):
 
     for start, frames in video_windows(path, base):
         end = start + len(frames) / base.fps
-        latents = base.codec.encode(to_pixels(frames)[None])[0].bfloat16().contiguous()
+        pixels = to_pixels(frames)[None]
+        encoded = {"latents": base.codec.encode(pixels)}
+        encoded |= {low_name(rate): base.codec.encode_low(pixels, rate) for rate in rates}
+        tensors = {name: x[0].bfloat16().contiguous() for name, x in encoded.items()}
         prompts = [(0, prompt_at(board, start))] if board else []
-        prompts += [(round((seconds - start) * rate), prompt) for seconds, prompt in board if start < seconds < end]
-        tensors = {"latents": latents} | {f"text.{k}": embed(prompt).clone() for k, (_, prompt) in enumerate(prompts)}
+        prompts += [
+            (round((seconds - start) * per_second), prompt) for seconds, prompt in board if start < seconds < end
+        ]
+        tensors |= {f"text.{k}": embed(prompt).clone() for k, (_, prompt) in enumerate(prompts)}
         file = folder / f"{key[:24]}-{len(written)}.safetensors"
         with atomic_write(file, replace=True) as part:
             save_file(tensors, part, {"starts": json.dumps([first for first, _ in prompts])})
-        written.append((file.name, file.stat().st_size, *latents.shape[1:]))
+        written.append((file.name, file.stat().st_size, *tensors["latents"].shape[1:]))
     if board and board[-1][0] >= end:
         warn_past_end(path, board[-1][0], end)
     return written

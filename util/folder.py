@@ -5,10 +5,16 @@ import hashlib
 import math
 import os
 import sys
+from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+import torch
 
 from util.cli import UserError, first_line, is_out_of_memory, warn
 from util.files import NotWritable
+from util.sheets import COLUMNS
 from util.video import VIDEO_SUFFIXES, read_video, stream_video, video_info
 
 
@@ -41,6 +47,33 @@ def stream_clip(path, base):
 def read_clip(path, base):
     """A whole video at the base's frame rate and nearest size, uint8 (F, H, W, 3)."""
     return read_video(path, base.fps, *nearest_size(base.sizes, video_info(path)))
+
+
+@dataclass
+class History:
+    """The clip to continue. Only its newest frames are held, so RAM use does not grow with its length."""
+
+    newest: torch.Tensor  # (F, H, W, 3) uint8: the newest frames, for memory and contact sheet
+    remembered: torch.Tensor  # the part of them that memory gets
+    frames: int  # of the whole clip
+
+
+def copy_history(frames, writer, base, most):
+    """Write the frames of a clip, one at a time -> History. most: sections to remember, or None for all."""
+    section = base.section * base.codec.stride[0]
+    held = deque(maxlen=most and max(most * section + base.codec.causal, COLUMNS * section))
+    n_frames = 0
+    for frame in frames:
+        writer.write(frame[None])
+        held.append(frame)
+        n_frames += 1
+    # beside whole sections, a causal codec has one frame that stands alone
+    n = n_frames if most is None else min(n_frames, most * section + base.codec.causal)
+    if base.codec.causal and n > section:
+        # keep whole segments only: waiting frames would outnumber all memory tokens; the oldest frames are dropped
+        n = 1 + (n - 1) // section * section
+    newest = torch.from_numpy(np.stack(held))
+    return History(newest, newest[-base.codec.frames(n) :], n_frames)
 
 
 def check_skipped(count, total, folder):

@@ -28,7 +28,8 @@ def describe(batch, micro_batch, model, base, processes):
     height, width = (size // stride for size, stride in zip(base.sizes[0], base.codec.stride[1:]))  # of a latent
     history = torch.zeros(1, base.dit.in_dim, base.history, height, width, device=processes.device)
     with torch.no_grad():
-        memory = model.encoder.encode(history, model.encoder.downsample(base.codec, history))
+        t, h, w = model.encoder.rate
+        memory = model.encoder.encode(history, history[:, :, ::t, ::h, ::w])
     tokens = 0 if memory is None else memory[0].shape[1]
     uncompressed = base.history * math.prod(-(-size // n) for size, n in zip((height, width), base.dit.patch[1:]))
     print(
