@@ -1,4 +1,4 @@
-"""nano and small: DiTs trained from scratch, with small codecs and prompts that need no weights."""
+"""nano and small: DiTs trained from scratch, with a codec and prompts that need no weights."""
 
 import functools
 import hashlib
@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from bases.autoencoder import LearnedCodec
 from bases.base import Base, Codec
 from model import DiTConfig
 from util.cli import UserError, warn
@@ -24,17 +23,15 @@ PRESETS = {
         section=4,
         history=40,
         widths=(32, 64, 128, 256),
-        codec=lambda device: DCTCodec(),
         rate="2x2x2",
     ),
     "small": dict(
-        dit=DiTConfig(dim=512, ffn_dim=2048, heads=8, layers=12, rotate_values=True, **TEXT),
-        sizes=((256, 448), (448, 256)),
+        dit=DiTConfig(dim=512, ffn_dim=2048, heads=8, layers=12, **TEXT),
+        sizes=((128, 224), (224, 128)),
         fps=8,
         section=8,
         history=160,
         widths=(64, 128, 256, 512),
-        codec=LearnedCodec,
     ),
 }
 
@@ -44,17 +41,16 @@ def open_base(name, vae="", t5="", device="cpu"):
     for flag, folder in dict(vae=vae, t5=t5).items():
         if folder:
             raise UserError(f"--{flag} {folder} does nothing: --preset {name} needs no such weights; drop it")
-    preset = dict(PRESETS[name])
+    preset = PRESETS[name]
     prompts = HashPrompts(preset["dit"].text_dim, preset["dit"].text_len)
-    return Base(name=name, codec=preset.pop("codec")(device), prompts=prompts, **preset)
+    return Base(name=name, codec=DCTCodec(), prompts=prompts, **preset)
 
 
 class DCTCodec(Codec):
     """The 16 lowest coefficients (10 luma, 3 + 3 chroma) of a 4x4 block DCT in an orthonormal opponent colour space.
 
-    Each coefficient is divided by the square root of
-    its deviation, and all by one number that makes the overall variance 1: full whitening would give the finest detail
-    too much weight.
+    Each coefficient is divided by the square root of its deviation, and all by one number that makes the overall
+    variance 1: full whitening would give the finest detail too much weight.
     """
 
     channels, stride = 16, (1, 4, 4)

@@ -36,7 +36,7 @@ TINY = dict(
     history=40,
     widths=(8, 8, 16, 16),
 )
-nano.PRESETS["tiny"] = TINY | dict(codec=nano.PRESETS["nano"]["codec"])
+nano.PRESETS["tiny"] = TINY
 wan.PRESETS["tiny-wan"] = TINY | dict(history=9, lora=4, optimizer="adamw", lr=1e-3, recompute=True, needs_cache=True)
 bases.BASES |= {"tiny": nano, "tiny-wan": wan}
 

@@ -54,7 +54,7 @@ def is_allowed(importer, module, name):
         if room(module) == "dolls":
             return importer == "data"
         return room(module) in {*SEVEN, "util", *PACKAGES, *sys.stdlib_module_names}
-    allowed = {"util": {"util"}, "bases": {"bases", "dolls", "model", "util"}, "dolls": {"dolls", "model", "util"}}
+    allowed = {"util": {"util"}, "bases": {"bases", "model", "util"}, "dolls": {"dolls", "model", "util"}}
     return not is_ours(module) or room(importer) not in allowed or room(module) in allowed[room(importer)]
 
 
