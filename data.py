@@ -180,7 +180,7 @@ class Clips:
 DATASETS = {"world": "data.open_stories"}
 
 
-def open_dataset(data, base, cache, n_clips, n_held_out, rate):
+def open_dataset(data, base, cache, n_clips, n_held_out, rate=None):
     """(clips to train on, held-out clips) of --data: a name in DATASETS, a cache of latents, or a folder of videos.
 
     cache: folder for encoded clips; n_clips: stories to train on; n_held_out: held-out stories, or the most held-out

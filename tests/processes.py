@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import pretrain
 import util.checkpoint
-from tests.common import ROOT, flags, losses, run, script
+from tests.common import ROOT, flags, listing, losses, run, script
 
 posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks and kills processes")
 # what a training imports, also what it imports late
@@ -179,7 +179,7 @@ def read_run(folder):
     state = torch.load(folder / "state.pt")
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     log = [{k: v for k, v in entry.items() if k != "minutes"} for entry in log]
-    return state, load_file(folder / "model.safetensors"), log, sorted(p.name for p in folder.iterdir())
+    return state, load_file(folder / "model.safetensors"), log, listing(folder)
 
 
 def assert_same_run(a, b):

@@ -351,8 +351,9 @@ def test_a_storyboard_past_the_end_is_warned_of(capsys):
     said = capsys.readouterr().err
     warn.cache_clear()  # each warning is printed once
     make_cache()
-    for text in said, capsys.readouterr().err:
-        assert "goes on to 50 s, but the video ends at 6 s" in text and "goes on to 51 s" in text
+    assert f"2 storyboards go on after their videos end (as that of {VIDEOS / '0.mp4'})" in said
+    text = capsys.readouterr().err
+    assert "goes on to 50 s, but the video ends at 6 s" in text and "goes on to 51 s" in text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

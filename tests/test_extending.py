@@ -51,7 +51,7 @@ def test_a_dataset_in_one_file(examples, cache, monkeypatch):
         write_video(Path("my_gifs") / f"wave_{i}.gif", 12, i)
     run(pretrain.main, *flags(cache, out="a", data="gifs:my_gifs", batch=2, text_drop=0))
     assert len(losses("a")) == 3
-    train, held_out = load_object(data.DATASETS["gifs"])("my_gifs", tiny_base(), cache, 8, 1)
+    train, held_out = load_object(data.DATASETS["gifs"])("my_gifs", tiny_base(), cache, 8, 1, None)
     assert (len(train), len(held_out)) == (3, 1) and train[0].prompt(5).startswith("wave ")
     assert train[0].pixels is None and held_out[0].pixels is not None
 

@@ -177,7 +177,7 @@ def test_sample_writes_nothing_that_is_not_finite(capsys):
     ],
 )
 def test_pretrain_refuses_bad_settings(flag, value, says, refused, cache):
-    assert says in refused(pretrain.main, *flags(cache, out="out", **{flag: value}))
+    assert says in refused(pretrain.main, *flags(**{"cache": cache, "out": "out", flag: value}))
 
 
 def test_stages_refuse_settings_that_do_not_fit_together(refused, cache):
