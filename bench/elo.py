@@ -129,17 +129,18 @@ def newton_step(theta, pairs, prior):
         return centre(pairs.sum(pull, -pull, n) + own * x)
 
     rest = centre(pairs.sum(surplus, -surplus, n) + prior * (1 - 2 * q))
-    step, direction, last = torch.zeros_like(theta), torch.zeros_like(theta), torch.ones_like(prior)
-    enough = 1e-3 * rest.norm(dim=0)
+    step, direction, last, enough = torch.zeros_like(theta), torch.zeros_like(theta), torch.ones_like(prior), None
     for _ in range(10 * n):
         scaled = centre(rest / diagonal)
         now = (rest * scaled).sum(0)
-        direction = scaled + direction * (now / last)
-        curved = curve(direction)
-        length = now / (direction * curved).sum(0).clamp(min=1e-300)
-        step, rest, last = step + length * direction, rest - length * curved, now.clamp(min=1e-300)
-        if (rest.norm(dim=0) <= enough).all():
+        enough = (1e-6 * now).clamp(min=1e-26) if enough is None else enough
+        going = now > enough  # what the other sets would still get is rounding errors
+        if not going.any():
             break
+        direction = torch.where(going, scaled + direction * (now / last), 0.0)
+        curved = curve(direction)
+        length = torch.where(going, now / (direction * curved).sum(0), 0.0)
+        step, rest, last = step + length * direction, centre(rest - length * curved), now
     return step
 
 
@@ -195,7 +196,8 @@ def compute_ratings(names, votes, path):
     check_linked(names, pairs, path)
     theta, unbounded = fit_strengths(pairs, len(names))
     resampled = np.random.default_rng(0).multinomial(len(votes), counts / len(votes), RESAMPLES)
-    fits = [fit_strengths(pair_votes(kinds, part.T), len(names), theta) for part in np.array_split(resampled, 10)]
+    parts = np.array_split(resampled, 1 + counts.size * RESAMPLES // 2**23)  # a few GB at most
+    fits = [fit_strengths(pair_votes(kinds, part.T), len(names), theta) for part in parts]
     many, many_unbounded = (torch.cat(x, dim=-1) for x in zip(*fits))
     points = 400 / math.log(10)
     intervals = 1200 + points * np.percentile(many.numpy(), (2.5, 97.5), axis=1)
