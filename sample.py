@@ -180,8 +180,8 @@ def remember(config, base, history, device):
     pixels = to_pixels(history.remembered)[None]
     latents = base.codec.encode(pixels).to(device)
     decode = base.codec.decoder()
-    if base.codec.causal:
-        for piece in latents.split(base.section, dim=2):
+    if base.codec.lookback:
+        for piece in latents[:, :, -base.codec.lookback :].split(base.section, dim=2):
             decode(piece)
     model = open_model(config, base, device)
     memory = Memory(model, base.codec, sections_remembered(config, base))

@@ -3,6 +3,8 @@
 Pixels are (B, 3, F, H, W) floats in [-1, 1], F = 1 + 4k; latents (B, 16, 1 + k, H/8, W/8), the first of one frame.
 """
 
+import math
+
 import torch
 
 from bases.base import Base, Codec
@@ -168,6 +170,18 @@ class WanCodec(Codec):
             return torch.cat(parts, dim=2)
 
         return decode
+
+    @property
+    def lookback(self):
+        """See Codec: each causal convolution of the decoder looks two frames back, and each `time_conv` doubles the
+        frames per latent."""
+        latents, density = 0.0, 1
+        for name, module in self.vae.decoder.named_modules():
+            if isinstance(module, torch.nn.Conv3d):
+                latents += (module.kernel_size[0] - 1) / density
+            if name.endswith("time_conv"):
+                density *= 2
+        return math.ceil(latents)
 
     def decode(self, latents):
         """A whole video from its beginning: (B, 16, 1 + k, h, w) -> (B, 3, 1 + 4k, 8h, 8w)."""

@@ -56,7 +56,7 @@ def tiny_base(name="tiny"):
 class BlockCodec(wan.WanCodec):
     """Wan's codec with linear maps in place of its networks: one latent for a frame, then for every four."""
 
-    decodes, settings = True, ["blocks"]
+    decodes, settings, lookback = True, ["blocks"], 1
 
     def __init__(self):
         super().__init__()

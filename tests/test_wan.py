@@ -95,6 +95,31 @@ def test_the_vae_shows_frames_in_their_place(vae):
     assert (beyond - codec.decode(latents)[:, :, [16, 20]]).abs().max() < 1e-4
 
 
+@pytest.mark.optional
+@pytest.mark.parametrize("n, height, width", [(33, 16, 16), (41, 24, 16)])
+def test_the_decoder_needs_no_more_than_its_lookback(n, height, width, vae):
+    """The next section after the whole history, and after its newest latents alone."""
+    codec = WanCodec(vae)
+    history, section = randn(1, 16, n, height // 8, width // 8), randn(1, 16, 2, height // 8, width // 8, seed=1)
+
+    def decode_after(latents):
+        decode = codec.decoder()
+        decode(latents)
+        return decode(section)
+
+    whole = decode_after(history)
+    assert codec.lookback == 30 and torch.equal(decode_after(history[:, :, -30:]), whole)
+    assert not torch.equal(decode_after(history[:, :, -20:]), whole)
+
+
+@pytest.mark.optional
+def test_the_lookback_of_wan_in_full_size():
+    codec = WanCodec()
+    with torch.device("meta"):
+        codec.vae = pytest.importorskip("diffusers").AutoencoderKLWan()
+    assert codec.lookback == 38
+
+
 @pytest.mark.parametrize("rate", [(2, 4, 4), (1, 2, 2), (4, 2, 2)])
 def test_low_is_a_stream_of_the_smaller_video(rate):
     check_low(BlockCodec(), rate)
