@@ -17,7 +17,7 @@ from util.video import to_pixels
 from util.weights import open_safetensors
 
 # Raise it whenever a story or its picture changes (stories.py, drawing.py): cached latents are then made again.
-WORLD_VERSION = 2
+WORLD_VERSION = 1
 HISTORY_SECTIONS = 10  # sections of a story that serve as history
 STORY_SECTIONS = 13  # with three more to continue them
 UNKNOWN_WORDS = (
