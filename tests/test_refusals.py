@@ -172,12 +172,17 @@ def test_sample_writes_nothing_that_is_not_finite(capsys):
         ("seed", -1, "--seed -1"),
         ("queries", 41, "--queries 41: a history has 40 frames"),
         ("data", "", "--data is empty"),
-        ("cache", "", "--cache is empty"),
-        ("out", "", "--out is empty"),
+        ("method", "", "--method is empty"),
     ],
 )
 def test_pretrain_refuses_bad_settings(flag, value, says, refused, cache):
-    assert says in refused(pretrain.main, *flags(**{"cache": cache, "out": "out", flag: value}))
+    assert says in refused(pretrain.main, *flags(cache, out="out", **{flag: value}))
+
+
+def test_an_empty_path_is_not_the_current_folder(refused, cache):
+    assert "--cache is empty" in refused(pretrain.main, *flags("", out="out"))
+    assert "--out is empty" in refused(pretrain.main, *flags(cache, out=""))
+    assert "--checkpoint is empty" in refused(sample.main, "--checkpoint=")
 
 
 def test_stages_refuse_settings_that_do_not_fit_together(refused, cache):
