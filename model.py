@@ -139,13 +139,12 @@ class Attention(nn.Module):
         q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, v))  # (B, N or L, heads, head_dim)
         if rotations is not None:
             q, k = rotate(q, rotations), rotate(k, rotations)
-        dtype = v.dtype
         if self.rotate_values:  # back at the query: what is read depends on where it lies from there
             v = rotate(v.float(), rotations)
-        q, k, v = (y.to(dtype).transpose(1, 2) for y in (q, k, v))  # (B, heads, N or L, head_dim)
+        q, k, v = (y.type_as(context).transpose(1, 2) for y in (q, k, v))  # (B, heads, N or L, head_dim)
         y = attention(q, k, v).transpose(1, 2)
         if self.rotate_values:
-            y = rotate(y.float(), rotations * rotations.new_tensor([1, -1])).to(dtype)
+            y = rotate(y.float(), rotations * rotations.new_tensor([1, -1])).type_as(context)
         return self.o(y.flatten(-2))  # (B, N, D)
 
 

@@ -54,6 +54,7 @@ class DCTCodec(Codec):
     """
 
     channels, stride = 16, (1, 4, 4)
+    averages = (0, 10, 13)  # latent channels that are means over the pixels of a block
     # standard deviation of each coefficient over frames of the paper-doll world and of real clips
     deviations = (2.6, 0.6, 0.3, 0.18, 0.59, 0.28, 0.17, 0.3, 0.17, 0.18, 1.18, 0.27, 0.26, 0.73, 0.16, 0.16)
 
@@ -85,6 +86,15 @@ class DCTCodec(Codec):
         matrix = (self.basis * self.scale[:, None]).T.to(latents)
         blocks = F.linear(rearrange(latents, "b c f h w -> b f h w c"), matrix)
         return rearrange(blocks, "b f h w (c y x) -> b c f (h y) (w x)", c=3, y=4, x=4)
+
+    def low_encoder(self, rate):
+        """See Codec; here means over time too, as the shipped weights know it."""
+        t, *space = rate
+        return lambda pixels: F.avg_pool3d(self.encode(self.shrink(pixels, space)), (t, 1, 1))
+
+    def cut_low(self, low, first, last, t):
+        """See Codec; the codec is linear, so latents may be averaged instead of pixels."""
+        return F.avg_pool3d(low[:, :, first:last], (t, 1, 1))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -25,7 +25,7 @@ def test_the_codec_keeps_flat_colours():
     latents = codec.encode(flat)
     assert torch.allclose(codec.decode(latents), flat, atol=1e-6) and latents[:, 1:].abs().max() < 1e-6
     colours = codec.encode(torch.rand(1, 3, 1, 1, 1, generator=torch.manual_seed(0)).expand(1, 3, 1, 8, 8))
-    assert colours.abs().amax((0, 2, 3, 4)).gt(1e-6).nonzero().flatten().tolist() == [0, 10, 13]
+    assert sorted(codec.averages) == colours.abs().amax((0, 2, 3, 4)).gt(1e-6).nonzero().flatten().tolist()
 
 
 def test_the_codec_on_stories():
@@ -40,10 +40,10 @@ def test_the_codec_on_stories():
 
 @pytest.mark.parametrize("rate", [(2, 4, 4), (1, 2, 2), (4, 2, 2)])
 def test_low_is_the_smaller_video_through_the_codec(rate):
-    """Means over areas, every t-th frame; piece by piece as all at once, and as a training cuts it out of a clip."""
+    """Means over areas and times; piece by piece as all at once, and as a training cuts it out of a clip."""
     codec, (t, h, w) = DCTCodec(), rate
     (_, y, x), pixels = codec.stride, randn(1, 3, 12, 96, 160).clamp(-1, 1)
-    blocks = pixels[:, :, ::t].unfold(3, h, h).unfold(4, w, w).mean((5, 6))  # (1, 3, 12 / t, 96 / h, 160 / w)
+    blocks = pixels.unfold(2, t, t).unfold(3, h, h).unfold(4, w, w).mean((5, 6, 7))  # (1, 3, 12 / t, 96 / h, 160 / w)
     padded = F.pad(blocks, (0, -blocks.shape[4] % x, 0, -blocks.shape[3] % y, 0, 0), mode="replicate")
     low, encode = codec.low_encoder(rate)(pixels), codec.low_encoder(rate)
     assert torch.allclose(low, codec.encode(padded), atol=1e-5) and low.std() > 0.1

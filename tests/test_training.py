@@ -65,7 +65,7 @@ def test_retrieval_asks_for_frames_of_the_history(clips):
         assert torch.equal(batch.target[i], batch.high[i][:, omega]) and len(set(omega.tolist())) == 4
         assert min(begins_of(clip, batch.high[i])) <= 12
     for clip, high, low in zip(clips, batch.high, batch.low):
-        lows = [tiny_base().codec.cut_low(clip.low[None], i, i + 40, 2)[0].float() for i in begins_of(clip, high)]
+        lows = [tiny_base().codec.cut_low(clip.low[None].float(), i, i + 40, 2)[0] for i in begins_of(clip, high)]
         assert any(torch.equal(low, x) for x in lows)
     prompted = [text.any().item() for step in range(8) for text in draw(clips, range(8), step).text]
     assert 16 < sum(prompted) < 48  # dropped in half of the samples
