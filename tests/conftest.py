@@ -16,6 +16,7 @@ from util.cli import warn
 if os.environ.get("OPTIONAL") == "required":  # then a package that is missing is an error, no reason to skip
     pytest.importorskip = importlib.import_module
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
 torch.set_num_threads(1)  # everything here is so small that threads only wait for each other
 # oneDNN and ideep keep what they compile for each new shape, 1,024 kernels each: tests of memory would measure that
 os.environ |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
