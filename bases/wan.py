@@ -220,7 +220,8 @@ class WanCodec(Codec):
         return encode_low
 
     def encode_low(self, pixels, rate):
-        return self.low_encoder(rate)(pixels)
+        n = rate[0] * self.stride[0]  # frames per latent of the smaller video; a rest makes none
+        return self.low_encoder(rate)(pixels[:, :, : 1 + (pixels.shape[2] - 1) // n * n])
 
     def cut_low(self, low, first, last, t):
         """See Codec; `first` is 0: a history begins where its clip does."""

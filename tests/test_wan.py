@@ -142,6 +142,8 @@ def check_low(codec, rate):
     assert torch.allclose(low, codec.encode(small), atol=1e-4) and low.std() > 0.01
     pieces = [encode(piece) for piece in (pixels[:, :, :1], *pixels[:, :, 1:].split(16, dim=2))]
     assert torch.allclose(torch.cat(pieces, dim=2), low, atol=1e-4)
+    rest = codec.encode_low(torch.cat([pixels, pixels[:, :, -4:]], dim=2), rate)  # no whole block at the end
+    assert torch.allclose(rest[:, :, : low.shape[2]], low, atol=1e-4) and rest.shape[2] == 1 + 9 // t
     short = codec.encode_low(pixels[:, :, :17], rate)
     assert torch.allclose(codec.cut_low(low, 0, 5, t), short, atol=1e-4)
 
