@@ -20,7 +20,7 @@ from eval import psnr, save_preview, ssim
 from finetune import section_batch
 from model import sample
 from pretrain import PretrainConfig, collate, draw_retrieval, generator
-from util.cli import UserError
+from util.cli import UserError, warn
 from util.device import autocast, pick_device
 from util.files import check_output
 from util.folder import read_clip
@@ -120,7 +120,7 @@ def report(made, trained, config, what, lpips):
         if name not in ("truth", "age"):
             print(f"{name:14}{metric_cells(frames, truth, lpips)}")
     if "wrong_memory" not in made:
-        print("wrong_memory: none, as that would be the memory of another clip and there is only one")
+        warn("no row wrong_memory: that would be the memory of another clip, and there is only one")
     save_preview(Path(config.out), truth, made["model"])
     print(f"wrote {config.out}")
 

@@ -35,7 +35,7 @@ def shipped(path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing: never over an input, never over a file that was not written here
 
-LOCK = ".lock"
+LOCK = ".written.lock"  # in a folder: there while a process writes to it
 RECORD = ".written.json"  # in each folder: {name: [bytes, time of the last change]} of the files written there
 
 
@@ -214,13 +214,12 @@ _held = set()  # the folders that this process has locked
 
 @contextmanager
 def locked(path, what):
-    """Hold the lock file `path` in the body, at most as long as this process lives. A file that was made for it goes.
+    """Hold the lock file `path` in the body, at most as long as this process lives; then the file goes.
 
     Raises UserError, which calls it `what`, if another process holds it. Where a file system has no locks, all pass.
     """
     check_writable(path)
     path = os.path.abspath(path)
-    new = not os.path.lexists(path)
     file = open(path, "a")
     try:
         _lock(file)
@@ -231,9 +230,8 @@ def locked(path, what):
     try:
         yield
     finally:
-        if new:
-            with suppress(OSError):  # on Windows an open file stays
-                os.unlink(path)
+        with suppress(OSError):  # on Windows an open file stays
+            os.unlink(path)
         file.close()
 
 
