@@ -265,8 +265,8 @@ def video_clips(folder, base, cache, rate=None):
 
 
 def collect(folder, encoded, names, base, pixels=False):
-    """Clips of these names out of {name: (latents, storyboard)}; pixels: with their original pixels."""
-    clips = {name: Clip(latents, board, low=low) for name, (latents, board, low) in encoded.items() if name in names}
+    """Clips of these names out of what encode_videos() returns; pixels: with their original pixels."""
+    clips = {name: Clip(**encoded[name]) for name in names}
     for name in names if pixels else ():
         frames = read_clip(Path(folder) / name, base)
         clips[name].pixels = frames[: base.codec.frames(len(frames)) : base.codec.stride[0]]  # as codec.show() does
@@ -333,7 +333,7 @@ def cache(argv):
     base = open_base(config.preset, config.vae, config.t5, processes.device)
     if not base.codec.decodes:
         raise UserError(f"--preset {config.preset} needs --vae: a local folder of its VAE in the diffusers layout")
-    rates = [parse_rate(rate) for rate in (config.rates or base.rate).split()]
+    rates = sorted({parse_rate(rate) for rate in (config.rates or "").split() or [base.rate]})
     write_cache(config.videos, config.out, config.captions, base, rates, processes)
 
 

@@ -38,7 +38,7 @@ class DiTConfig:
     freq_dim: int = 256  # width of the sinusoidal timestep embedding
     patch: tuple = (1, 2, 2)  # latent frames, rows, columns per token
     eps: float = 1e-6
-    rotate_values: bool = False  # turn values by their positions too: not in Wan, but it learns to read memory sooner
+    rotate_values: bool = False  # turn values by their positions too, and back at the query; not in Wan
 
 
 # ---------------------------------------------------------------------------------------------------------------------

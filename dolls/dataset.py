@@ -1,20 +1,14 @@
 """Stories as clips to train on: drawn, encoded and cached."""
 
-import hashlib
 import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from dolls.drawing import render
 from dolls.stories import BUILDS, CAPTION_WORDS, FRAMINGS, KINDS, SHAPES, SLOTS, make_story, world_seed
-from util.cli import UserError
-from util.files import atomic_write, check_writable
-from util.video import to_pixels
-from util.weights import open_safetensors
+from util.latents import digest, encode_frames, load_or_make
 
 # Raise it whenever a story or its picture changes (stories.py, drawing.py): cached latents are then made again.
 WORLD_VERSION = 1
@@ -32,31 +26,19 @@ def story_pixels(split, index, base):
     return story, render(story, None, base.section, *base.sizes[0])[0]
 
 
-def encode_story(split, index, base, rate=None):
-    """Latents (C, F, h, w) float16 of a story, or of the smaller video of this rate."""
-    pixels = to_pixels(story_pixels(split, index, base)[1])[None]
-    return (base.codec.encode_low(pixels, rate) if rate else base.codec.encode(pixels))[0].half()
+def load_latents(split, count, base, cache, rates):
+    """Latents (count, C, F, h, w) float16 of the first stories of a split for each of `rates`, see encode_frames();
+    drawn and encoded unless they are cached under all that they depend on. Raises UserError if a file is damaged."""
+    settings = WORLD_VERSION, base.sizes[0], base.section, base.codec.settings, STORY_SECTIONS
 
+    def make(missing):
+        numbers = tqdm(range(count), desc=f"drawing {split} stories")
+        encoded = [encode_frames(story_pixels(split, i, base)[1], base.codec, missing) for i in numbers]
+        return [torch.stack(latents) for latents in zip(*encoded)]
 
-def load_latents(split, count, base, cache, rate=None):
-    """encode_story() of the first stories of a split, (count, C, F, h, w), drawn and encoded unless they are cached.
-
-    The name of the cache file depends on everything the latents depend on. Raises UserError if the file is damaged.
-    """
-    settings = (WORLD_VERSION, base.sizes[0], base.section, base.codec.settings, STORY_SECTIONS, rate and rate[1:])
-    digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
-    path = Path(cache) / f"world-{split}-{count}-{digest}.safetensors"
-    if not path.exists():
-        check_writable(path)
-        stories = tqdm(range(count), desc=f"drawing {split} stories" + ", smaller" * bool(rate))
-        latents = [encode_story(split, i, base, rate) for i in stories]
-        with atomic_write(path, replace=True) as part:
-            save_file({"latents": torch.stack(latents)}, part)
-    try:
-        with open_safetensors(path) as f:
-            return f.get_tensor("latents")
-    except (UserError, SafetensorError):
-        raise UserError(f"{path} is damaged: delete it, then it is made again") from None
+    name = f"world-{split}-{count}"
+    files = {rate: Path(cache) / f"{name}-{digest(settings, rate)[:12]}.safetensors" for rate in rates}
+    return load_or_make(files, make)
 
 
 def load_stories(split, count, base, cache, rate=None, keep_pixels=False):
@@ -66,12 +48,13 @@ def load_stories(split, count, base, cache, rate=None, keep_pixels=False):
     latent frame, prompt)]; pixels uint8 (F, H, W, 3), or None unless keep_pixels; story, the Story.
     """
     clips = []
-    lows = load_latents(split, count, base, cache, rate) if rate else [None] * count
-    for i, latents in enumerate(load_latents(split, count, base, cache)):
+    rows = zip(*load_latents(split, count, base, cache, [None, rate] if rate else [None]))
+    for i, (latents, *low) in enumerate(rows):
         story = make_story(world_seed(split, i), STORY_SECTIONS)
         storyboard = [(k * base.section, story.caption(k)) for k in range(STORY_SECTIONS)]
         pixels = torch.from_numpy(story_pixels(split, i, base)[1]) if keep_pixels else None
-        clips.append(dict(latents=latents, low=lows[i], storyboard=storyboard, pixels=pixels, story=story))
+        clip = dict(latents=latents, storyboard=storyboard, pixels=pixels, story=story)
+        clips.append(clip | dict(zip(["low"], low)))
     return clips
 
 

@@ -67,7 +67,7 @@ def test_stories_are_cached(tmp_path, monkeypatch):
     files = list(tmp_path.iterdir())
     story_clips("train", 2, dataclasses.replace(base, sizes=((64, 64),)), tmp_path)
     assert len(files) == 1 and len(list(tmp_path.iterdir())) == 2
-    monkeypatch.setattr("dolls.dataset.encode_story", None)  # from here on nothing may be drawn for latents
+    monkeypatch.setattr("dolls.dataset.encode_frames", None)  # from here on nothing may be drawn for latents
     for a, b in zip(first.clips, story_clips("train", 2, base, tmp_path).clips):
         assert torch.equal(a.latents, b.latents) and a.storyboard == b.storyboard and b.pixels is None
 
@@ -129,7 +129,7 @@ def test_captions_may_come_from_elsewhere_and_go_on_after_the_end(folder, capsys
     paths = sorted(folder.glob("[1-5].mp4"))
     captions = lambda path: [(0, path.stem), (30, "later")]
     encoded, _ = latents.encode_videos(folder, paths, tiny_base(), "cache", captions=captions)
-    assert encoded["3.mp4"][1] == [(0, "3"), (60, "later")]
+    assert encoded["3.mp4"]["storyboard"] == [(0, "3"), (60, "later")]
     error = capsys.readouterr().err
     assert error.count("warning: ") == 1 and "5 storyboards go on after their videos end (as that of" in error
 
@@ -176,9 +176,9 @@ def test_videos_are_encoded_once(folder, monkeypatch):
 
 @pytest.mark.parametrize("version", ["READING", "VERSION"])
 def test_videos_are_encoded_again_by_another_version(folder, version, monkeypatch):
-    latents.encode_video(folder / "3.mp4", tiny_base(), Path("cache"))
+    latents.encode_video(folder / "3.mp4", tiny_base(), Path("cache"), [None])
     monkeypatch.setattr(latents, version, 99)
-    latents.encode_video(folder / "3.mp4", tiny_base(), Path("cache"))
+    latents.encode_video(folder / "3.mp4", tiny_base(), Path("cache"), [None])
     assert len(list(Path("cache/videos").iterdir())) == 2
 
 

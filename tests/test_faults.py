@@ -701,7 +701,7 @@ TOO_LONG = "x" * 300
 )
 @pytest.mark.parametrize("bad", [TOO_LONG, "file/inside", "broken/inside", "loop/inside"])
 def test_paths_that_can_never_be_are_one_line(bad, main, given, refused, monkeypatch):
-    monkeypatch.setattr("dolls.dataset.encode_story", None)  # no story may be drawn first
+    monkeypatch.setattr("dolls.dataset.encode_frames", None)  # no story may be drawn first
     write_checkpoint()
     write_video("clip.mp4", 12)
     write_video("videos/clip.mp4", 40)

@@ -263,9 +263,9 @@ def test_controls_have_the_memory_of_the_next_clip_and_none(cache):
     with autocast(torch.device("cpu")):
         tokens, positions = model.encoder.encode(batch.high, batch.low)
         memories = {"model": (tokens, positions), "wrong_memory": (tokens.flip(0), positions), "no_memory": None}
-        for name, memory in memories.items():
-            x = sample(model.dit, batch.noise, batch.text, batch.times, memory, 1).float()
-            assert torch.equal(made[name], to_frames(base.codec.decode(x))), name
+        x = {key: sample(model.dit, batch.noise, batch.text, batch.times, m, 1) for key, m in memories.items()}
+    for name in memories:
+        assert torch.equal(made[name], to_frames(base.codec.decode(x[name].float()))), name
     assert not torch.equal(made["model"], made["wrong_memory"])
     assert not torch.equal(made["model"], made["no_memory"])
 

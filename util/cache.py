@@ -1,8 +1,8 @@
 """A cache of latents: a folder of videos encoded once, to train on. `python data.py cache` writes it.
 
 OUT/windows/KEY-N.safetensors   a window of a 20 s history and a section: latents, `low` of each rate, prompts. KEY
-                                begins the hash of all
-                                it depends on: a name never comes to stand for other content while a training reads it
+                                begins the hash of all it depends on: a name never comes to stand for other content
+                                while a training reads it
 OUT/videos/ID.json              what was made of one video, or why it was skipped; as long as its key is right, it is
                                 not made again. ID begins the hash of the video's name
 OUT/manifest.json               what a complete cache holds; written last
@@ -13,6 +13,7 @@ import hashlib
 import json
 import re
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -65,11 +66,13 @@ def read_manifest(folder, base, rate=None):
                 f"--data {folder} was cached with {key} {theirs.get(key)}, not {value}: give the preset that it "
                 "was made for, or run data.py cache again"
             )
-    lows = theirs.get("lows", [])
+    lows = theirs.get("lows")
+    if not isinstance(lows, list):
+        raise UserError(f"{path} is damaged: {advice}")
     if rate and low_name(rate) not in lows:
         raise UserError(
-            f"--data {folder} holds {', '.join(lows)}, not {low_name(rate)}: run data.py cache again with --rates, or "
-            "train with a --rate that is there"
+            f"--data {folder} holds {', '.join(map(str, lows))}, not {low_name(rate)}: run data.py cache again with "
+            "--rates, or train with a --rate that is there"
         )
     if not isinstance(videos, dict) or not all(are_windows(windows) for windows in videos.values()):
         raise UserError(f"{path} is damaged: {advice}")
@@ -108,13 +111,22 @@ def is_complete(path, size):
     return path.is_file() and path.stat().st_size == size
 
 
+@contextmanager
 def open_window(path):
-    """Open a window of a cache for reading. Raises UserError if it is gone or damaged."""
+    """Open a window of a cache for reading. Raises UserError if it is gone or damaged, or lacks what the body reads."""
+    damaged = f"{path} is damaged: delete it, run data.py cache, then train on with --resume"
     try:
-        return open_safetensors(path)
+        file = open_safetensors(path)
     except (UserError, SafetensorError):
-        found = "damaged: delete it," if path.is_file() else "gone (was the cache made again?):"
-        raise UserError(f"{path} is {found} run data.py cache, then train on with --resume") from None
+        gone = f"{path} is gone (was the cache made again?): run data.py cache, then train on with --resume"
+        raise UserError(damaged if path.is_file() else gone) from None
+    try:
+        with file:
+            yield file
+    except UserError:
+        raise
+    except (SafetensorError, KeyError, TypeError, ValueError):
+        raise UserError(damaged) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

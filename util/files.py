@@ -106,7 +106,8 @@ def check_outputs(stem, endings, inputs=()):
 
 def refuse_foreign(path):
     """Raise UserError if a file is there that this program did not write, or that was changed since."""
-    if path.is_file() and _read_record(path.parent).get(path.name) != _fingerprint(path):
+    foreign = not path.is_file() or _read_record(path.parent).get(path.name) != _fingerprint(path)
+    if os.path.lexists(path) and not path.is_dir() and foreign:  # a pipe or a dangling link is foreign too
         raise UserError(
             f"{path} exists and was not written by this program, or was changed since: give another name, or "
             "move it away"

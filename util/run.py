@@ -39,9 +39,9 @@ def describe(batch, micro_batch, model, base, processes):
 
 
 def claim_folder(out, resume, processes):
-    """Lock a run's folder, before the work begins. Raises UserError if another run writes there, or if it holds a
-    checkpoint and is not to be resumed."""
-    for name in ("state.pt", "model.safetensors") if not resume else ():
+    """Lock a run's folder, before the work begins. Raises UserError if another run writes there, or if it holds a run
+    and is not to be resumed."""
+    for name in ("state.pt", "model.safetensors", "log.jsonl") if not resume else ():
         if (Path(out) / name).exists():
             raise UserError(f"--out {out} holds a {name} already: go on with --resume, or give another folder")
     if processes.rank == 0:
