@@ -11,7 +11,7 @@ from dolls.stories import BUILDS, CAPTION_WORDS, FRAMINGS, KINDS, SHAPES, SLOTS,
 from util.latents import digest, encode_frames, load_or_make
 
 # Raise it whenever a story or its picture changes (stories.py, drawing.py): cached latents are then made again.
-WORLD_VERSION = 1
+WORLD_VERSION = 2
 HISTORY_SECTIONS = 10  # sections of a story that serve as history
 STORY_SECTIONS = 13  # with three more to continue them
 UNKNOWN_WORDS = (

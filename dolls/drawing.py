@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dolls.scenes import draw_scene
+from dolls.shapes import bands, box, cover, grid, mix, stroke
+
 STEP = 8  # units: people and things stand at multiples of this
 # A camera that moves closer magnifies near things more: people stand in front of things, the scenery is far away.
 PERSON_ZOOM, THING_ZOOM = (1.0, 1.4), (1.0, 1.2)  # for each framing
@@ -16,7 +19,7 @@ PERSON_HALF, THING_HALF, HAIR_ROOM = 11.0, 8.75, 4.5  # units: no drawing reache
 CLOTH, FACE, HANDS, OBJECT = 1, 2, 3, 4  # part ids; 0 is the scene
 STAND, LEFT_FOOT_UP, RIGHT_FOOT_UP, ARMS_OUT = range(4)  # poses
 WALKING, WAVING = (STAND, LEFT_FOOT_UP, STAND, RIGHT_FOOT_UP), (STAND, ARMS_OUT, STAND, ARMS_OUT)
-INK, WINDOW_FRAME, WOOD, LENS = (28, 22, 30), (250, 246, 240), (92, 70, 60), (235, 245, 255)
+INK, WOOD, LENS = (28, 22, 30), (92, 70, 60), (235, 245, 255)
 LIFT = {"kite": 16.0, "heart": 16.0, "flag": 13.0}  # units from the ground to the lower edge of a thing on a stick
 
 
@@ -36,48 +39,6 @@ BODIES = {
     "small": Body(6.0, 6.4, 15.0, 7.6, 0.05),
     "round": Body(7.0, 7.6, 17.0, 6.2, 0.45),
 }
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Shapes and patterns
-
-
-def box(x, y, half_x, half_y, r=0.0):
-    """Signed distance of a box around (0, 0) with corners of radius r."""
-    dx, dy = abs(x) - (half_x - r), abs(y) - (half_y - r)
-    return np.hypot(np.maximum(dx, 0), np.maximum(dy, 0)) + np.minimum(np.maximum(dx, dy), 0) - r
-
-
-def stroke(x, y, ax, ay, bx, by, r):
-    """Signed distance of a stroke of radius r from a to b."""
-    px, py, ex, ey = x - ax, y - ay, bx - ax, by - ay
-    t = np.clip((px * ex + py * ey) / (ex * ex + ey * ey), 0, 1)
-    return np.hypot(px - t * ex, py - t * ey) - r
-
-
-def cover(distance, scale):
-    """Anti-aliased coverage of pixels whose centres lie `distance` units outside an edge; scale: pixels per unit."""
-    return np.clip(0.5 - distance * scale, 0, 1)
-
-
-def bands(t, width, scale):
-    """A soft square wave of t (units), from 0 to 1: bands of `width` units, one of them centred on t = 0."""
-    return cover(abs((t + width) % (2 * width) - width) - width / 2, scale)
-
-
-def grid(x, y, cells, half_x, half_y, scale):
-    """Coverage (h, w) of the cells that are on, in a grid that fills -half..half. x, y: (1, w), (h, 1) or (h, w)."""
-    dx, dy, total = half_x / len(cells[0]), half_y / len(cells), 0 * x * y
-    for r, c in np.argwhere(cells).tolist():
-        column = cover(abs(x + half_x - (2 * c + 1) * dx) - dx, scale)
-        row = cover(abs(y - half_y + (2 * r + 1) * dy) - dy, scale)
-        total = total + column * row
-    return total
-
-
-def mix(a, b, amount):
-    """Blend colours a, (3) or (h, w, 3), into b where amount (h, w) goes to 1."""
-    return a + amount[..., None] * (np.asarray(b, np.float32) - np.asarray(a, np.float32))
 
 
 class Sprite:
@@ -135,7 +96,7 @@ def draw_character(who, scale):
     doll = Sprite(PERSON_HALF, PERSON_HALF, top, scale)
     doll.rgba = np.concatenate([rgba[left][:, :, ::-1], rgba[right]], 2)
     doll.parts = np.concatenate([parts[left][:, :, ::-1], parts[right]], 2)
-    emblem = grid(doll.x, y - chest, who.emblem, 4, 6, scale)
+    emblem = grid(doll.x, y - chest, who.emblem, 4.5, 6, scale)
     doll.rgba[..., :3] = mix(doll.rgba[..., :3], who.emblem_colour, emblem)
     return doll
 
@@ -143,7 +104,9 @@ def draw_character(who, scale):
 def weave(shirt, x, y, scale):
     """Coverage (h, w) of the second colour of a shirt; (0, 0) is the middle of the chest."""
     columns, rows = bands(x, 4, scale) + 0 * y, bands(y, 4, scale) + 0 * x
-    return {"plain": 0 * rows, "rows": rows, "columns": columns, "checks": rows + columns - 2 * rows * columns}[shirt]
+    dots = cover(np.hypot((x + 3) % 6 - 3, (y + 3) % 6 - 3) - 1.9, scale)
+    checks = rows + columns - 2 * rows * columns
+    return {"plain": 0 * rows, "rows": rows, "columns": columns, "checks": checks, "dots": dots}[shirt]
 
 
 def draw_limbs(limbs, who, body, shirt, chin):
@@ -180,9 +143,17 @@ def draw_head(trunk, x, y, who, r):
     if who.glasses:
         trunk.paint(np.minimum(eye - 2.2, box(x, y + 0.2, 0.42 * r, 0.4)), INK, FACE, 0)
         trunk.paint(eye - 1.3, LENS, FACE, 0)
-    trunk.paint(eye - 0.85, INK, FACE, 0)
-    smile = np.maximum(abs(np.hypot(x, y + 0.32 * r) - 2) - 0.5, y + 0.32 * r + 1)
-    trunk.paint(smile, 0.5 * np.array(who.skin), FACE, 0)
+    if who.eyes == "round":
+        trunk.paint(eye - 1.5, LENS, FACE, 0)
+    sleepy = np.maximum(eye - 1.3, y + 0.4)  # the lower half of a disc
+    trunk.paint(sleepy if who.eyes == "sleepy" else eye - 0.85, INK, FACE, 0)
+    below = y + 0.32 * r  # from the middle of the mouth's circle
+    mouth = {
+        "smile": np.maximum(abs(np.hypot(x, below) - 2) - 0.5, below + 1),
+        "flat": box(x, below + 1.5, 1.9, 0.45),
+        "open": np.hypot(x, below + 1.4) - 1.3,
+    }[who.mouth]
+    trunk.paint(mouth, 0.5 * np.array(who.skin), FACE, 0)
 
 
 def draw_thing(what, scale):
@@ -213,99 +184,6 @@ def outline(shape, x, y):
         return box(x - 0.8, y, 7, 6, 1), (x - 0.8, y, 7, 6)
     heart = np.minimum(box(a, b, 4.9, 4.9), np.hypot(abs(x) - 3.46, y - 3.46) - 4.9)
     return heart, (x, y - 0.7, 8.4, 7.7)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Scenes: layers (colour, coverage), back to front. Every edge is y against a profile h(x), softened over two pixels.
-
-
-class View(NamedTuple):
-    """Where the pixels of a scene are: x (1, w) from the middle, y (h, 1) from the horizon, in units."""
-
-    x: np.ndarray
-    y: np.ndarray
-    scale: float  # half the pixels per unit, which makes cover() twice as soft
-
-    def wave(self, length, phase):
-        return np.sin(2 * np.pi * (self.x / length + phase))
-
-    def below(self, profile):
-        """Coverage of what lies below a height, or heights (1, w)."""
-        return cover(self.y - profile + 0 * self.x, self.scale)
-
-    def sun(self, position, height, radius):
-        """Coverage of a disc; position: from 0, left, to 1, right."""
-        return cover(np.hypot(self.x - 44 * (position - 0.5), self.y - height) - radius, self.scale)
-
-
-def forest_layers(view, r, sky, far, near, accent):
-    period = 15 + 5 * r[0]
-    trunks = abs((view.x + period * r[1]) % period - period / 2) - 3 - r[2] + 0 * view.y
-    leaves = 1 - view.below(23 + 2.5 * view.wave(13 + 5 * r[3], r[4]))
-    return [(far, cover(trunks, view.scale)), (accent, leaves), (near, view.below(-5 + 1.5 * view.wave(30, r[5])))]
-
-
-def hills_layers(view, r, sky, far, near, accent):
-    back = view.below(6 + 7 * view.wave(38 + 10 * r[1], r[2]))
-    front = view.below(-6 + 4 * view.wave(26 + 10 * r[3], r[4]))
-    return [(accent, view.sun(r[0], 24, 5)), (far, back), (near, front)]
-
-
-def city_layers(view, r, sky, far, near, accent):
-    u = (view.x / 10 + 16 + r[0]) % 12  # 12 blocks, 10 units wide, repeated
-    edges = np.arange(12).repeat(2) + np.tile([0.03, 0.97], 12)
-    roof = np.interp(u, edges, 6 + 20 * np.repeat(r, 2), period=12)
-    windows = bands((u % 1 - 0.5) * 10, 5, view.scale) * bands(view.y + 1, 5, view.scale)
-    return [(far, view.below(roof)), (accent, 0.8 * windows * view.below(roof - 4)), (near, view.below(-6))]
-
-
-def room_layers(view, r, sky, far, near, accent):
-    x, y, scale = view.x - 36 * (r[2] - 0.5), view.y - 17, view.scale  # from the middle of the window
-    return [
-        (far, 1 + 0 * view.x * view.y),
-        (accent, 0.45 * bands(view.x + 16 * r[0], 7 + 2 * r[1], scale) + 0 * view.y),
-        (WINDOW_FRAME, cover(box(x, y, 10, 11, 2), scale)),
-        (sky, cover(box(abs(x) - 4.5, abs(y) - 5, 3.7, 4.2), scale)),
-        (0.8 * near, view.below(-6)),
-        (near, view.below(-9)),
-    ]
-
-
-def beach_layers(view, r, sky, far, near, accent):
-    surf = view.below(-2 + view.wave(18, r[1])) - view.below(-5 + view.wave(18, r[1]))
-    sand = view.below(-9 + 2.5 * view.wave(34 + 10 * r[2], r[3]))
-    return [(accent, view.sun(r[0], 20, 7)), (far, view.below(4)), (0.5 * far + 127, 0.6 * surf), (near, sand)]
-
-
-def desert_layers(view, r, sky, far, near, accent):
-    def ridge(height, length, phase, drop):
-        return view.below(height * abs(2 * ((view.x / length + phase) % 1) - 1) - drop)
-
-    dune = ridge(16, 60 + 12 * r[2], r[3], 12)
-    ripples = bands(view.x + 1.6 * view.y + 20 * r[4], 7 + 2 * r[5], view.scale)
-    return [(far, ridge(18, 44 + 12 * r[0], r[1], 2)), (near, dune), (accent, 0.5 * dune * ripples)]
-
-
-LAYERS = {
-    "room": room_layers,
-    "desert": desert_layers,
-    "forest": forest_layers,
-    "hills": hills_layers,
-    "beach": beach_layers,
-    "city": city_layers,
-}
-
-
-def draw_scene(scene, unit, height, width):
-    """-> uint8 (height, width, 3); unit: pixels per unit."""
-    scale = unit / 2
-    x = ((np.arange(width) + 0.5 - width / 2) / (2 * scale)).astype(np.float32)[None]
-    y = ((0.6 * height - np.arange(height) - 0.5) / (2 * scale)).astype(np.float32)[:, None]
-    sky, far, near, accent = (np.array(c, np.float32) for c in scene.colours)
-    image = mix(sky, 0.5 * sky + 127, np.clip(1 - y / 30, 0, 1) + 0 * x)  # paler towards the horizon
-    for colour, amount in LAYERS[scene.kind](View(x, y, scale), scene.layout, sky, far, near, accent):
-        image = mix(image, colour, amount)
-    return (image + 0.5).astype(np.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

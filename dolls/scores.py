@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from dolls.drawing import render
-from dolls.stories import SHIRTS, Shot, make_character, make_scene, make_story, make_thing, pick_cells
+from dolls.stories import SHIRTS, Shot, make_character, make_scene, make_story, make_thing, pick_emblem, pick_pattern
 
 SHIFT = 4  # pixels: how far a frame may lie from its true position, in each direction
 OTHERS = 15  # distractors in a set
@@ -164,8 +164,8 @@ def candidates(field, truth):
 
     def same_palette():
         if field == "thing":
-            return replace(truth, cells=pick_cells(rng, 3, 3, 3, 6))
-        return replace(truth, shirt=SHIRTS[rng.integers(len(SHIRTS))], emblem=pick_cells(rng, 3, 2, 2, 4))
+            return replace(truth, cells=pick_pattern(rng))
+        return replace(truth, shirt=SHIRTS[rng.integers(len(SHIRTS))], emblem=pick_emblem(rng))
 
     if field == "scene":
         return truth, *others(lambda: make_scene(rng, truth.kind), scene=MIN_DISTANCE["scene"])

@@ -12,7 +12,8 @@ import numpy as np
 KINDS = ("room", "desert", "forest", "hills", "beach", "city")  # ordered by hue, from red to violet
 BUILDS = ("tall", "broad", "small", "round")
 HAIRS = ("short", "long", "bun", "afro", "mohawk", "pigtails", "bald")
-SHIRTS = ("plain", "rows", "columns", "checks")
+EYES, MOUTHS = ("dots", "round", "sleepy"), ("smile", "flat", "open")
+SHIRTS = ("plain", "rows", "columns", "checks", "dots")
 SHAPES = ("ball", "box", "kite", "flag", "heart")
 FRAMINGS = ("wide", "close")
 SLOTS = ("left", "middle", "right")
@@ -49,9 +50,11 @@ class Character:
     hair: str
     hair_colour: tuple
     glasses: bool
+    eyes: str
+    mouth: str
     shirt: str
     shirt_colours: tuple  # 2 x RGB
-    emblem: tuple  # 3 rows of 2 bits, top row first
+    emblem: tuple  # 4 rows of 3 bits, top row first
     emblem_colour: tuple
     trousers: tuple
 
@@ -59,7 +62,7 @@ class Character:
 @dataclass(frozen=True)
 class Thing:
     shape: str
-    cells: tuple  # 3 rows of 3 bits, top row first
+    cells: tuple  # 4 rows of 4 bits, top row first
     colours: tuple  # 2 x RGB: cells that are off, cells that are on
 
 
@@ -131,6 +134,14 @@ def pick_cells(rng, rows, columns, least, most):
     return tuple(tuple(int(r * columns + c in on) for c in range(columns)) for r in range(rows))
 
 
+def pick_emblem(rng):
+    return pick_cells(rng, 4, 3, 4, 8)
+
+
+def pick_pattern(rng):
+    return pick_cells(rng, 4, 4, 5, 11)
+
+
 def make_scene(rng, kind):
     """A scene in pastel colours, paler than any clothes, so that people always stand out.
 
@@ -158,9 +169,11 @@ def make_character(rng, build):
         hair=HAIRS[rng.integers(len(HAIRS))],
         hair_colour=pick_colour(rng, HAIR_COLOURS, (skin,), 110),
         glasses=bool(rng.random() < 0.4),
+        eyes=EYES[rng.integers(len(EYES))],
+        mouth=MOUTHS[rng.integers(len(MOUTHS))],
         shirt=SHIRTS[rng.integers(len(SHIRTS))],
         shirt_colours=(first, second),
-        emblem=pick_cells(rng, 3, 2, 2, 4),
+        emblem=pick_emblem(rng),
         emblem_colour=pick_colour(rng, ink, (first, second), 220),
         trousers=pick_colour(rng, DARK + LIGHT, (first, second)),
     )
@@ -169,7 +182,7 @@ def make_character(rng, build):
 def make_thing(rng, shape):
     """A thing of two distant colours, so that every cell counts."""
     first = pick_colour(rng, DARK + LIGHT)
-    return Thing(shape, pick_cells(rng, 3, 3, 3, 6), (first, pick_colour(rng, DARK + LIGHT, (first,), 240)))
+    return Thing(shape, pick_pattern(rng), (first, pick_colour(rng, DARK + LIGHT, (first,), 240)))
 
 
 def make_shot(rng, scene, character, thing, framing, new=False):

@@ -105,8 +105,8 @@ def make_optimizers(model, optimizer, lr, encoder_lr=1.0):
     if optimizer == "adamw":
         return [adamw(groups(params, lr))]
     timestep = [name for name in params if name.startswith("dit.time_")]
-    matrices = [name for name, p in params.items() if p.ndim in (2, 5) and name not in timestep]
-    others = [name for name, p in params.items() if p.ndim not in (2, 5) and name not in timestep]
+    matrices = [name for name, p in params.items() if p.ndim in (2, 4, 5) and name not in timestep]
+    others = [name for name, p in params.items() if p.ndim not in (2, 4, 5) and name not in timestep]
     return [Muon(groups(matrices, lr), lr), adamw(groups(others, 0.1 * lr) + groups(timestep, 0.01 * lr))]
 
 

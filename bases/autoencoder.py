@@ -1,0 +1,108 @@
+"""The codec of nano and small: a small convolutional autoencoder, 8x8 pixels <-> 16 channels (training: codec.py).
+
+Every frame is encoded alone. There are no norms over a picture, so a region's latents do not depend on the rest of it.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+
+from bases.base import Codec
+from util.device import autocast
+from util.files import file_hash, shipped
+from util.weights import load_weights
+
+WEIGHTS = "checkpoints/codec.safetensors"
+WIDTHS = 160, 64, 48  # channels at an eighth, a quarter and half of the pixels' resolution
+PIECE = 2**22  # pixels encoded or decoded at once
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.conv2.weight)
+
+    def forward(self, x):
+        return x + self.conv2(F.silu(self.conv1(F.silu(x))))
+
+
+class Autoencoder(nn.Module):
+    """Pictures (B, 3, H, W) in [-1, 1] <-> latents (B, 16, H/8, W/8), each channel of zero mean and unit variance."""
+
+    channels, stride = 16, 8
+
+    def __init__(self):
+        super().__init__()
+        wide, middle, fine = WIDTHS
+        self.encoder = nn.Sequential(
+            nn.PixelUnshuffle(4),
+            nn.Conv2d(3 * 16, middle, 3, padding=1),
+            ResBlock(middle),
+            nn.PixelUnshuffle(2),
+            nn.Conv2d(4 * middle, wide, 1),
+            ResBlock(wide),
+            nn.Conv2d(wide, self.channels, 1),
+        )
+        self.norm = nn.BatchNorm2d(self.channels, affine=False, momentum=0.02)
+        self.decoder = nn.Sequential(
+            nn.Conv2d(self.channels, wide, 3, padding=1),
+            *(ResBlock(wide) for _ in range(2)),
+            nn.Conv2d(wide, 4 * middle, 1),
+            nn.PixelShuffle(2),
+            *(ResBlock(middle) for _ in range(2)),
+            nn.Conv2d(middle, 4 * fine, 1),
+            nn.PixelShuffle(2),
+            *(ResBlock(fine) for _ in range(2)),
+            nn.Conv2d(fine, 3 * 4, 3, padding=1),
+            nn.PixelShuffle(2),
+        )
+
+    def encode(self, pixels):
+        return self.norm(self.encoder(pixels))
+
+    def decode(self, latents):
+        return self.decoder(latents)
+
+    def forward(self, pixels, noise):
+        """Reconstruct pixels from latents with some noise (B, 16, H/8, W/8) on them."""
+        return self.decode(self.encode(pixels) + noise)
+
+
+class LearnedCodec(Codec):
+    """The shipped autoencoder, or one of your own in a file."""
+
+    channels, stride = Autoencoder.channels, (1, Autoencoder.stride, Autoencoder.stride)
+
+    def __init__(self, path="", device="cpu"):
+        self.path = shipped(path or WEIGHTS)
+        self.device, self.net = device, Autoencoder()
+        load_weights(
+            self.net,
+            [self.path],
+            dtype=lambda name, tensor: torch.float32 if tensor.is_floating_point() else tensor.dtype,
+        )
+        self.net.eval().requires_grad_(False).to(device)
+
+    @property
+    def settings(self):
+        return ["autoencoder", file_hash(self.path)]
+
+    def encode(self, pixels):
+        return self.map_frames(self.net.encode, pixels, self.stride[1] * self.stride[2])
+
+    def decode(self, latents):
+        return self.map_frames(self.net.decode, latents, 1)
+
+    @torch.no_grad()
+    def map_frames(self, net, video, stride):
+        """A network for pictures on a video (B, C, F, H, W), some frames at a time. stride: pixels per pixel."""
+        frames = rearrange(video, "b c f h w -> (b f) c h w")
+        n = max(1, PIECE * stride // (64 * frames[0, 0].numel()))
+        with autocast(self.device):
+            pictures = [net(piece.to(self.device)).float() for piece in frames.split(n)]
+        return rearrange(torch.cat(pictures), "(b f) c h w -> b c f h w", b=len(video)).to(video.device)
