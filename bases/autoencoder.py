@@ -48,7 +48,8 @@ class Autoencoder(nn.Module):
             ResBlock(wide),
             nn.Conv2d(wide, self.channels, 1),
         )
-        self.norm = nn.BatchNorm2d(self.channels, affine=False, momentum=0.02)
+        self.register_buffer("mean", torch.zeros(self.channels))  # of latents before they are standardized
+        self.register_buffer("variance", torch.ones(self.channels))
         self.decoder = nn.Sequential(
             nn.Conv2d(self.channels, wide, 3, padding=1),
             *(ResBlock(wide) for _ in range(2)),
@@ -63,7 +64,14 @@ class Autoencoder(nn.Module):
         )
 
     def encode(self, pixels):
-        return self.norm(self.encoder(pixels))
+        z = self.encoder(pixels).float()
+        if self.training:  # by the batch, as batch norm does
+            mean, variance = z.mean((0, 2, 3)), z.var((0, 2, 3))
+            self.mean.lerp_(mean.detach(), 0.02)
+            self.variance.lerp_(variance.detach(), 0.02)
+        else:
+            mean, variance = self.mean, self.variance
+        return (z - mean[:, None, None]) * (variance[:, None, None] + 1e-5).rsqrt()
 
     def decode(self, latents):
         return self.decoder(latents)
@@ -80,12 +88,8 @@ class LearnedCodec(Codec):
 
     def __init__(self, path="", device="cpu"):
         self.path = shipped(path or WEIGHTS)
-        self.device, self.net = device, Autoencoder()
-        load_weights(
-            self.net,
-            [self.path],
-            dtype=lambda name, tensor: torch.float32 if tensor.is_floating_point() else tensor.dtype,
-        )
+        self.device, self.net = torch.device(device), Autoencoder()
+        load_weights(self.net, [self.path], dtype=lambda name, tensor: torch.float32)
         self.net.eval().requires_grad_(False).to(device)
 
     @property

@@ -30,6 +30,7 @@ from util.video import to_frames, to_pixels
 
 SIDE = 128  # pixels of the crops that are trained on
 LEVELS = 0.0, 0.1, 0.2, 0.3  # noise on the latents when validating
+HELD_OUT = 32  # stories
 
 
 @dataclass
@@ -129,7 +130,7 @@ def setup(config):
         raise UserError("the codec is trained by one process: start it with python")
     claim_folder(config.out, config.resume, processes)
     clips, held_clips = video_frames(config)
-    held_out = {"stories": story_frames("held-out", 32)[::4]}
+    held_out = {"stories": story_frames("held-out", HELD_OUT)[::4]}
     if held_clips:  # pictures of one size at a time: those of most
         frames = [frame for clip in held_clips for frame in clip[:: len(clip) // 8 + 1]]
         size = max((f.shape for f in frames), key=[f.shape for f in frames].count)
@@ -148,9 +149,7 @@ def main():
     ema, optimizers = EMA(net, config.ema), make_optimizers(net, "muon", config.lr)
     first = resume(config, "codec", net, ema, optimizers) if config.resume else 0
     run = Run("codec", config.out, first, config.steps, processes)
-    half = lambda tensors: {
-        "codec.safetensors": {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
-    }
+    half = lambda tensors: {"codec.safetensors": {name: tensor.half() for name, tensor in tensors.items()}}
     for step in run.bar:
         set_learning_rate(optimizers, step, config.steps, config.warmup)
         pixels, noise = (x.to(device) for x in draw(config, stories, clips, step))

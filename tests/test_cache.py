@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 import data
-from bases import nano, open_base
-from bases.nano import DCTCodec, HashPrompts
-from tests.common import TINY, tiny_base, tiny_encoder, write_video
+from bases import open_base
+from bases.nano import HashPrompts
+from tests.common import TINY, DCTCodec, TinyPresets, tiny_base, tiny_encoder, write_video
 from util import cache
 from util.cli import UserError
 from util.folder import nearest_size, split_videos
@@ -133,7 +133,7 @@ def test_a_cache_goes_on_and_is_never_stale(monkeypatch, encoded, capsys):
     for changed in dict(fps=4), dict(sizes=((32, 48),)), dict(section=2):
         encoded.clear()
         with monkeypatch.context() as m:
-            m.setitem(nano.PRESETS, "tiny", TINY | changed)
+            m.setattr(TinyPresets, "PRESETS", {"tiny": TINY | changed})
             make_cache()
         assert encoded == everything
     for version in "READING", "VERSION":

@@ -142,17 +142,18 @@ def test_nothing_is_hidden(height, width, seeds):
 def test_emblems_stand_out_from_shirts():
     for seed in range(200):
         for who in make_story(seed).characters:
-            assert 2 <= sum(map(sum, who.emblem)) <= 4
+            assert 4 <= sum(map(sum, who.emblem)) <= 8
             gap = [np.linalg.norm(np.subtract(who.emblem_colour, colour)) for colour in who.shirt_colours]
             assert min(gap) > 110, (seed, gap)
 
 
-def test_each_cell_of_an_emblem_covers_16_pixels():
-    who, blank = make_story(199).characters[0], ((0, 0),) * 3
-    for cell in range(6):
-        one = tuple(tuple(int(2 * r + c == cell) for c in range(2)) for r in range(3))
-        a, b = (draw_character(dataclasses.replace(who, emblem=e), 1.0).rgba[0] for e in (one, blank))
-        assert (abs(a - b).max(-1) > 20).sum() == 16
+def test_each_cell_of_an_emblem_covers_36_pixels():
+    """At 128 pixels: three units by three."""
+    who, blank = make_story(199).characters[0], ((0, 0, 0),) * 4
+    for cell in range(12):
+        one = tuple(tuple(int(3 * r + c == cell) for c in range(3)) for r in range(4))
+        a, b = (draw_character(dataclasses.replace(who, emblem=e), 2.0).rgba[0] for e in (one, blank))
+        assert (abs(a - b).max(-1) > 20).sum() == 36
 
 
 def test_everything_is_drawn_once_and_then_pasted(monkeypatch):

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bases.nano import DCTCodec
 from dolls import scores
 from dolls.drawing import render
 from dolls.stories import Shot, make_character, make_scene, make_story, make_thing, world_seed
+from tests.common import DCTCodec
 from util.video import to_frames, to_pixels
 
 OTHER_WORLDS = 12
@@ -95,7 +95,7 @@ def test_what_is_half_right_scores_between(known_scores):
     """What fades into another world, or is blurred, is worse than the truth and better than a guess. Cells of 4 pixels
     suffer more from a blur of 9 than colours do."""
     mean = {name: np.mean([found[score] for score in scores.MAIN]) for name, found in known_scores.items()}
-    assert mean["others"] + 10 < mean["faded 0.3"] < mean["faded 0.5"] < mean["faded 0.7"] < mean["truth"]
+    assert mean["others"] + 4 < mean["faded 0.3"] < mean["faded 0.5"] < mean["faded 0.7"] < mean["truth"]
     assert mean["others"] + 10 < mean["blurred"] < 95
     blurred = known_scores["blurred"]
     assert 10 < blurred["cloth_hard"] < blurred["cloth"] and 10 < blurred["object_hard"] < blurred["object"]

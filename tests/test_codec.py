@@ -1,0 +1,104 @@
+"""The learned codec of nano and small, its shipped weights and its training."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from bases import codec as training
+from bases import open_base
+from bases.autoencoder import LearnedCodec
+from dolls.dataset import story_pixels
+from eval import psnr
+from tests.common import randn, run, write_video
+from util.device import compute_dtype
+from util.video import to_frames, to_pixels
+
+
+def test_the_shipped_codec_on_held_out_stories():
+    """Sharp pictures, latents of unit variance; each frame is encoded alone, a region without the rest of the frame."""
+    base, latents, found = open_base("nano"), [], []
+    for i in range(6):
+        pixels = torch.from_numpy(story_pixels("held-out", i, base)[1][::4])
+        latents.append(base.codec.encode(to_pixels(pixels)[None]))
+        again = to_frames(base.codec.decode(latents[-1]))[0]
+        assert latents[-1].shape == (1, 16, 13, 16, 16) and again.shape == pixels.shape == (13, 128, 128, 3)
+        found.append(psnr(again, pixels).mean())
+    z = torch.cat(latents)
+    assert np.mean(found) > 34 and z.mean((0, 2, 3, 4)).abs().max() < 0.5 and 0.7 < z.var() < 1.3
+    alone = base.codec.encode(to_pixels(story_pixels("held-out", 5, base)[1][4:5])[None])
+    assert (alone - latents[-1][:, :, 1:2]).abs().max() < 0.1
+
+
+def test_a_frame_may_be_cut():
+    """Far from the cut, latents are those of the whole picture."""
+    codec, pixels = LearnedCodec(), randn(1, 3, 1, 128, 256).clamp(-1, 1)
+    whole, cut = codec.encode(pixels), codec.encode(pixels[..., :128])
+    assert (whole[..., :8] - cut[..., :8]).abs().max() < 0.1 < (whole[..., 15:16] - cut[..., 15:]).abs().max()
+
+
+@pytest.mark.parametrize("rate", [(2, 4, 4), (1, 2, 2), (4, 2, 2)])
+def test_low_is_the_smaller_video_through_the_codec(rate):
+    """Means over areas, every t-th frame; piece by piece as all at once, and as a training cuts it out of a clip."""
+    codec, (t, h, w) = LearnedCodec(), rate
+    (_, y, x), pixels = codec.stride, randn(1, 3, 12, 96, 160).clamp(-1, 1)
+    tolerance = 1e-5 if compute_dtype("cpu") == torch.float32 else 0.05
+    blocks = pixels[:, :, ::t].unfold(3, h, h).unfold(4, w, w).mean((5, 6))  # (1, 3, 12 / t, 96 / h, 160 / w)
+    padded = F.pad(blocks, (0, -blocks.shape[4] % x, 0, -blocks.shape[3] % y, 0, 0), mode="replicate")
+    low, encode = codec.low_encoder(rate)(pixels), codec.low_encoder(rate)
+    assert torch.allclose(low, codec.encode(padded), atol=tolerance) and low.std() > 0.1
+    assert torch.allclose(torch.cat([encode(piece) for piece in pixels.split(4, dim=2)], dim=2), low, atol=tolerance)
+    whole = codec.encode_low(pixels, rate)
+    assert torch.allclose(codec.cut_low(whole, 0, 12, t), low, atol=tolerance)
+    late = codec.low_encoder(rate)(pixels[:, :, 3:11])  # a history may begin anywhere
+    assert torch.allclose(codec.cut_low(whole, 3, 11, t), late, atol=tolerance)
+
+
+def train(*flags):
+    run(training.main, "--stories", 2, "--batch", 2, "--save_every", 2, "--warmup", 1, "--device", "cpu", *flags)
+
+
+def test_training_resumes_exactly_and_opens(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "SIDE", 32)
+    monkeypatch.setattr(training, "HELD_OUT", 2)
+    write_video("videos/a.mp4", 20)
+    write_video("videos/b.mp4", 20)
+    given = "--steps", 4, "--videos", "videos", "--out"
+    train(*given, "whole")
+
+    def stop_in_step_2(optimizers, step, *rest, real=training.set_learning_rate):
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(optimizers, step, *rest)
+
+    with monkeypatch.context() as m, pytest.raises(SystemExit) as stop:
+        m.setattr(training, "set_learning_rate", stop_in_step_2)
+        train(*given, "parts")
+    assert stop.value.code == 143
+    train(*given, "parts", "--resume")
+    a, b = (load_file(f"{out}/model.safetensors") for out in ("whole", "parts"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    log = [json.loads(line) for line in Path("parts/log.jsonl").read_text().splitlines()]
+    assert len(log) == 4 and {"stories", "stories_0.2", "videos", "videos_0.2"} < log[-1].keys()
+    assert Path("parts/preview_000004.png").is_file()
+    mine, shipped = LearnedCodec("parts/codec.safetensors"), LearnedCodec()
+    assert (
+        mine.settings != shipped.settings
+        and load_file("parts/codec.safetensors")["decoder.0.weight"].dtype == torch.half
+    )
+    pixels = randn(1, 3, 1, 32, 32).clamp(-1, 1)
+    assert mine.encode(pixels).shape == (1, 16, 1, 4, 4)
+
+
+def test_bad_flags_are_refused(refused):
+    assert "--steps 0: must be at least 1" in refused(training.main, "--steps", 0)
+    write_video("videos/a.mp4", 20)
+    given = "--videos", "videos", "--held", "b.mp4", "--out", "run"
+    assert "--held b.mp4: --videos videos has no such file" in refused(training.main, *given)
