@@ -35,10 +35,10 @@ def test_tokens_are_counted_by_hand():
     assert [budget.memory_tokens(wan, (480, 832), "4x4x2", n) for n in (81, 121)] == [4264, 6344]
     assert [budget.frame_tokens(wan, size) for size in wan.sizes] == [1560, 1560, 39 * 39]
     assert budget.memory_tokens(wan, (624, 624), "2x2x1", 81) == 81 * 20 * 20
-    assert {rate: budget.memory_tokens(nano, (64, 64), rate, 40) for rate in RATES} == RATES
+    assert {rate: budget.memory_tokens(nano, (128, 128), rate, 40) for rate in RATES} == RATES
     assert budget.paper_tokens() == 5460 and budget.paper_tokens(latents=2) == 7 * 13
     # of 39 nano latents, 36 are compressed and 3 wait; Wan's first latent stands alone, so none of 81 waits
-    assert budget.most_memory_tokens(nano, (64, 64), "4x4x2") == 36 // 2 * 2 * 2 + 3 * 64
+    assert budget.most_memory_tokens(nano, (128, 128), "4x4x2") == 36 // 2 * 2 * 2 + 3 * 64
     assert budget.most_memory_tokens(wan, (480, 832), "4x4x2") == 4264
 
 
@@ -247,7 +247,7 @@ def test_training_memory_counts_all_copies_of_the_weights():
     "preset, expected",
     [
         ("nano", ["7,807,520", "2,560", "256 + 320"]),
-        ("small", ["63,545,856", "224x128", "71,680"]),
+        ("small", ["63,545,856", "448x256", "71,680"]),
         ("wan-1.3b", ["1,418,996,800", "4,264", "126,360", "5,460", "yes       yes"]),
         ("wan-14b", ["14,288,491,584", "6,240 + 4,264", "12,480 + 4,264", "6,344", "1.39 PFLOP"]),
     ],

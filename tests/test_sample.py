@@ -118,7 +118,7 @@ def test_the_readmes_lines_of_python_write_a_section(monkeypatch):
     monkeypatch.chdir(ROOT)
     made, text = {}, Path("README.md").read_text(encoding="utf-8")
     exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], made)
-    assert made["frames"].shape == (4, 64, 64, 3) and made["frames"].float().std() > 5
+    assert made["frames"].shape == (4, 128, 128, 3) and made["frames"].float().std() > 5
     assert made["memory"].frames == 44 and made["memory"].context()[0].shape == (1, 11 * 32, 256)
 
 

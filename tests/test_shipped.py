@@ -64,7 +64,7 @@ def test_the_model_shows_what_the_prompt_asks_for(tmp_path):
         memory = tokens.expand(6, -1, -1), positions
         x = sample(model.dit, noise, text, times, memory, steps=10)
         made = to_frames(base.codec.decode(x)) / 255
-        drawn = torch.stack([scores.render_tensors(story, [10], 4, (64, 64))[0] for story in asked])
+        drawn = torch.stack([scores.render_tensors(story, [10], 4, (128, 128))[0] for story in asked])
         drawn = drawn.permute(0, 1, 3, 4, 2)  # (6, F, H, W, 3)
         distances = (made[:, None] - drawn).square().mean((2, 3, 4, 5))  # (6 made, 6 drawn)
         right += (distances.argmin(1) == torch.arange(6)).tolist()
