@@ -15,27 +15,10 @@ from encoder import load_model
 from eval import main, psnr
 from model import sample
 from pretrain import PretrainConfig, draw_retrieval
-from tests.common import ROOT, listing, randn, read_csv, run, tiny_base, write_checkpoint, write_video
+from tests.common import listing, randn, read_csv, run, tiny_base, write_checkpoint, write_video
 from tests.test_metrics import write_lpips
 from util.device import autocast
 from util.video import to_frames
-
-# the columns of docs/results.md: {column of the CSV: format}
-COLUMNS = {"tokens_per_second": "g", "psnr": ".2f", "ssim": ".3f", "psnr_one_step": ".2f"}
-COLUMNS2 = {"tokens": "g", **dict.fromkeys(("cloth", "identity", "object", "scene", "consistency"), ".1f")}
-
-
-@pytest.mark.parametrize("table, columns", [("table1", COLUMNS), ("table2", COLUMNS2), ("drawing/table2", COLUMNS2)])
-def test_the_documents_have_the_figures_of_the_tables(table, columns):
-    document = ROOT / "docs" / "results.md"
-    if not document.exists():
-        pytest.skip("no docs/results.md")
-    lines = ""
-    for r in read_csv(ROOT / "assets" / f"{table}.csv"):
-        cells = [format(float(r[key]), f) if r[key] else "–" for key, f in columns.items()]
-        lines += f"| {' | '.join([r['method'], r['rate'] or '–', *cells])} |\n"
-    assert lines in document.read_text(encoding="utf-8"), f"docs/results.md should have:\n{lines}"
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Differences
