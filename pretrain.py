@@ -42,7 +42,7 @@ class Config:
     data: str = "world"  # "world" (paper dolls), a folder of videos, a data.py cache, or a dataset as NAME:ARGUMENT
     init: str = "checkpoints/nano-base.safetensors"  # base DiT: a file or folder of weights, or "random"
     lora: int = None  # LoRA rank; 0 trains the whole DiT [the preset's]
-    vae: str = ""  # Wan: local folder of its VAE, for PSNR and previews while training
+    vae: str = ""  # Wan: local folder of its VAE, for PSNR and previews; nano and small: a codec file of your own
     steps: int = 250  # optimizer steps
     batch: int = 8  # clips per step, over all processes
     micro_batch: int = 8  # clips per forward pass on one process; gradients are accumulated up to the batch

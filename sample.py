@@ -51,7 +51,7 @@ class SampleConfig:
     device: str = "auto"  # auto, cpu, cuda, mps
     init: str = ""  # Wan: the base DiT under the checkpoint's LoRA; "random": random weights of --preset
     merge: bool = False  # add the LoRA to the base's weights first: faster, but rounded to the base's dtype
-    vae: str = ""  # Wan: local folder of its VAE in the diffusers layout ("random": random weights, for timing)
+    vae: str = ""  # Wan: local folder of its VAE ("random": random weights, for timing); nano, small: a codec file
     t5: str = ""  # Wan: local folder of umT5 in the diffusers layout
     preset: str = "nano"  # of --init random, which needs no checkpoint: to measure speed and memory
 

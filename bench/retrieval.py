@@ -30,7 +30,7 @@ from util.video import to_frames, to_pixels
 @dataclass
 class PictureConfig(EvalConfig):
     init: str = ""  # Wan: the base DiT under the checkpoint's LoRA
-    vae: str = ""  # Wan: local folder of its VAE in the diffusers layout
+    vae: str = ""  # Wan: local folder of its VAE in the diffusers layout; nano and small: a codec file
     lpips: str = ""  # folder with alexnet-owt-*.pth (torchvision) and alex.pth (lpips): measure LPIPS too
 
 
