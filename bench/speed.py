@@ -45,7 +45,7 @@ class SpeedConfig:
 # Clocks
 
 
-def alternate(jobs, repeats, device):
+def alternate(jobs, repeats, device, clock="perf_counter"):
     """Time jobs {name: function} in turns: {name: seconds in each round}.
 
     Every round runs every job once, so that all meet the same state of the machine; the first round is not counted.
@@ -55,10 +55,10 @@ def alternate(jobs, repeats, device):
     for _ in range(repeats + 1):
         for name, job in jobs.items():
             wait()
-            started = time.perf_counter()
+            started = getattr(time, clock)()
             job()
             wait()
-            times[name].append(time.perf_counter() - started)
+            times[name].append(getattr(time, clock)() - started)
     return {name: seconds[1:] for name, seconds in times.items()}
 
 

@@ -201,7 +201,7 @@ def test_gradients_reach_all_weights_and_the_memory():
 
 
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("n, m", [(16, 16), (700, 5), (1500, 1500)])  # bf16: rows together, alone, in pieces
+@pytest.mark.parametrize("n, m", [(16, 16), (700, 5), (1500, 1500)])  # bf16: rows together, alone, by SDPA
 @pytest.mark.parametrize("piece", [2**14, attention.PIECE])
 def test_attention_is_softmax_attention_at_any_length(n, m, dtype, error, piece, monkeypatch):
     monkeypatch.setattr(attention, "PIECE", piece)
@@ -210,6 +210,8 @@ def test_attention_is_softmax_attention_at_any_length(n, m, dtype, error, piece,
     exact = [z.detach().double().requires_grad_() for z in (q, k, v)]
     plain = (exact[0] @ exact[1].mT / 8**0.5).softmax(-1) @ exact[2]
     assert (out - plain).abs().max() < error
+    with torch.no_grad():
+        assert (attention.attention(q, k, v) - plain).abs().max() < error
     out.sum().backward()
     plain.sum().backward()
     for z, true in zip((q, k, v), exact):
