@@ -14,7 +14,7 @@ from util.files import file_hash, shipped
 from util.weights import load_weights
 
 WEIGHTS = "checkpoints/codec.safetensors"
-WIDTHS = 160, 64, 48  # channels at an eighth, a quarter and half of the pixels' resolution
+WIDTHS = 176, 64, 56  # channels at an eighth, a quarter and half of the pixels' resolution
 PIECE = 2**22  # pixels encoded or decoded at once
 
 

@@ -1,7 +1,7 @@
 """Train the codec of nano and small: an autoencoder of pictures from the paper-doll world and from your videos.
 
     python -m bases.codec                        stories alone
-    python -m bases.codec --videos my_videos     stories and videos, one crop in eight
+    python -m bases.codec --videos my_videos     stories, and one crop of a video in sixteen pictures
 
 Every codec has its own latents: DiTs have to be trained anew, with --vae FILE. The shipped one is
 checkpoints/codec.safetensors.
@@ -39,9 +39,9 @@ class CodecConfig:
     held: str = ""  # names of the videos to hold out instead, separated by blanks
     out: str = "runs/codec"  # codec.safetensors (float16), model.safetensors, state.pt, log.jsonl, previews
     stories: int = 1024  # to train on, a frame per section
-    steps: int = 3000  # optimizer steps
+    steps: int = 2400  # optimizer steps
     batch: int = 8  # pictures per step
-    noise: float = 0.1  # most noise on a picture's latents, whose standard deviation is 1
+    noise: float = 0.06  # most noise on a picture's latents, whose standard deviation is 1
     lr: float = 0.02  # peak learning rate of Muon; AdamW's parameters get a tenth
     warmup: int = 50  # steps of linear warm-up; then a cosine down to zero
     ema: float = 0.998  # decay of the weight average that is saved
@@ -82,17 +82,18 @@ def crop(clip, rng):
 
 
 def draw(config, stories, clips, step):
-    """Pictures (B, 3, H, W) of a step and the noise (B, 16, H/8, W/8) for their latents.
+    """Pictures (B, 3, H, W) of a step and the noise (B, 16, H/8, W/8) for their latents. Videos, when there are any, give an
+    eighth of every second batch.
 
-    Every eighth batch is made smaller by 2 or 4, as the LR branch sees videos.
+    Every sixteenth batch is made smaller by 2 or 4, as the LR branch sees videos.
     """
     rng, g = np.random.default_rng((config.seed, step)), torch.Generator().manual_seed(config.seed * 2**32 + step)
-    n_crops = -(-config.batch // 8) if clips else 0
+    n_crops = -(-config.batch // 8) if clips and step % 2 else 0
     pictures = [stories[i] for i in rng.integers(len(stories), size=config.batch - n_crops)]
     pictures += [crop(clips[rng.integers(len(clips))], rng) for _ in range(n_crops)]
     pixels = to_pixels(np.stack(pictures)).transpose(0, 1)  # (B, 3, H, W)
-    if step % 8 == 7:
-        pixels = torch.nn.functional.avg_pool2d(pixels, 2 if step % 16 == 7 else 4)
+    if step % 16 == 14:
+        pixels = torch.nn.functional.avg_pool2d(pixels, 2 if step % 32 == 14 else 4)
     size = SIDE // Autoencoder.stride * pixels.shape[-1] // SIDE
     level = config.noise * torch.rand(config.batch, 1, 1, 1, generator=g) ** 2
     return pixels, level * torch.randn(config.batch, Autoencoder.channels, size, size, generator=g)
