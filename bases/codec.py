@@ -82,10 +82,10 @@ def crop(clip, rng):
 
 
 def draw(config, stories, clips, step):
-    """Pictures (B, 3, H, W) of a step and the noise (B, 16, H/8, W/8) for their latents. Videos, when there are any, give an
-    eighth of every second batch.
+    """Pictures (B, 3, H, W) of a step and the noise (B, 16, H/8, W/8) for their latents.
 
-    Every sixteenth batch is made smaller by 2 or 4, as the LR branch sees videos.
+    Videos, where there are any, give an eighth of every second batch: with half of it, stories lost 2 dB. Every
+    sixteenth batch is made smaller by 2 or 4, as the LR branch sees videos.
     """
     rng, g = np.random.default_rng((config.seed, step)), torch.Generator().manual_seed(config.seed * 2**32 + step)
     n_crops = -(-config.batch // 8) if clips and step % 2 else 0
