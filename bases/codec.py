@@ -9,13 +9,14 @@ checkpoints/codec.safetensors.
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from bases import open_base
 from bases.autoencoder import Autoencoder
+from bases.nano import PRESETS
 from dolls.drawing import render
 from dolls.stories import make_story, world_seed
 from util.checkpoint import resume, save
@@ -65,7 +66,7 @@ def video_frames(config):
     the same of held-out videos)."""
     if not config.videos:
         return [], []
-    base, held = open_base("small"), config.held.split()
+    base, held = SimpleNamespace(**PRESETS["small"]), config.held.split()
     paths = {p.relative_to(config.videos).as_posix(): p for p in find_videos(config.videos)}
     if unknown := set(held) - set(paths):
         raise UserError(f"--held {sorted(unknown)[0]}: --videos {config.videos} has no such file")
