@@ -3,8 +3,8 @@
     python -m bases.codec                        stories alone
     python -m bases.codec --videos my_videos     stories, and one crop of a video in sixteen pictures
 
-Every codec has its own latents: DiTs have to be trained anew, with --vae FILE. The shipped one is
-checkpoints/codec.safetensors.
+Every encoder has its own latents: DiTs have to be trained anew, with --vae FILE. --init FILE trains the decoder alone.
+The shipped codec is checkpoints/codec.safetensors.
 """
 
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ from util.optim import EMA, make_optimizers, set_learning_rate
 from util.run import Run, claim_folder
 from util.sheets import save_contact_sheet
 from util.video import to_frames, to_pixels
+from util.weights import load_weights
 
 SIDE = 128  # pixels of the crops that are trained on
 LEVELS = 0.0, 0.1, 0.2, 0.3  # noise on the latents when validating
@@ -38,6 +39,7 @@ HELD_OUT = 32  # stories
 class CodecConfig:
     videos: str = ""  # a folder of videos to train on too; one in ten is held out
     held: str = ""  # names of the videos to hold out instead, separated by blanks
+    init: str = ""  # a codec whose encoder stays as it is: the decoder alone is trained
     out: str = "runs/codec"  # codec.safetensors (float16), model.safetensors, state.pt, log.jsonl, previews
     stories: int = 1024  # to train on, a frame per section
     steps: int = 2400  # optimizer steps
@@ -147,6 +149,9 @@ def main():
     device = processes.device
     torch.manual_seed(config.seed)
     net = Autoencoder().to(device, memory_format=torch.channels_last)
+    if config.init:
+        load_weights(net, [config.init], dtype=lambda name, tensor: torch.float32)
+        net.encoder.requires_grad_(False)
     net.saved_names = lambda: list(net.state_dict())
     ema, optimizers = EMA(net, config.ema), make_optimizers(net, "muon", config.lr)
     first = resume(config, "codec", net, ema, optimizers) if config.resume else 0
@@ -156,7 +161,7 @@ def main():
         set_learning_rate(optimizers, step, config.steps, config.warmup)
         pixels, noise = (x.to(device) for x in draw(config, stories, clips, step))
         with autocast(device):
-            made = net.train()(pixels, noise)
+            made = net.train(not config.init)(pixels, noise)  # training mode: the batch standardizes the latents
         difference = made.float() - pixels
         loss = difference.square().mean() + 0.1 * difference.abs().mean()
         loss.backward()

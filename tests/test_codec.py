@@ -31,7 +31,7 @@ def test_the_shipped_codec_on_held_out_stories():
         assert latents[-1].shape == (1, 16, 13, 16, 16) and again.shape == pixels.shape == (13, 128, 128, 3)
         found.append(psnr(again, pixels).mean())
     z = torch.cat(latents)
-    assert np.mean(found) > 34 and z.mean((0, 2, 3, 4)).abs().max() < 0.5 and 0.7 < z.var() < 1.3
+    assert np.mean(found) > 33 and z.mean((0, 2, 3, 4)).abs().max() < 0.5 and 0.7 < z.var() < 1.3
     alone = base.codec.encode(to_pixels(story_pixels("held-out", 5, base)[1][4:5])[None])
     assert (alone - latents[-1][:, :, 1:2]).abs().max() < 0.1
 
@@ -88,6 +88,9 @@ def test_training_resumes_exactly_and_opens(tmp_path, monkeypatch):
     log = [json.loads(line) for line in Path("parts/log.jsonl").read_text().splitlines()]
     assert len(log) == 4 and {"stories", "stories_0.2", "videos", "videos_0.2"} < log[-1].keys()
     assert Path("parts/preview_000004.png").is_file()
+    train(*given, "decoder", "--init", "whole/codec.safetensors")
+    whole, decoder = (load_file(f"{out}/codec.safetensors") for out in ("whole", "decoder"))
+    assert all(torch.equal(whole[k], decoder[k]) != k.startswith("decoder.") for k in whole)
     mine, shipped = LearnedCodec("parts/codec.safetensors"), LearnedCodec()
     assert (
         mine.settings != shipped.settings
