@@ -1,6 +1,7 @@
 """Storyboards: prompts by time, as text, .txt or .json."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -69,3 +70,67 @@ def test_errors_in_a_json_file(tmp_path, text, says):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(UserError, match=says):
         parse_storyboard(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    "text, board",
+    [
+        ("[0s: a] [4s: b]", [(0, "a"), (4, "b")]),
+        ("a [1s: b]", [(0, "a"), (1, "b")]),
+        ("0s-3s: a", [(0, "a")]),
+        ("0-3s: a / 3 - 6.5 s: b", [(0, "a"), (3, "b")]),
+        ("0s: a, 4s: b", [(0, "a"), (4, "b")]),
+        ("0s: a man, tall, / 4s: b", [(0, "a man, tall,"), (4, "b")]),
+        ("00:04 a", [(4, "a")]),
+        ("0:00 a\n1:04.5 b", [(0, "a"), (64.5, "b")]),
+        ("[00:00] a\n[00:04] b", [(0, "a"), (4, "b")]),
+        ("00:00 - 00:04 a\n00:04 - 00:08 b", [(0, "a"), (4, "b")]),
+        ("1\n00:00:01,000 --> 00:00:04,000\na\nb\n\n2\n00:01:05,500 --> 00:01:06,000\nc", [(1, "a b"), (65.5, "c")]),
+        ("WEBVTT\n\n00:01.000 --> 00:04.000\na", [(1, "a")]),
+        ("a 16:9 picture of a clock", [(0, "a 16:9 picture of a clock")]),
+        ("10:30 in the morning, a train arrives", [(0, "10:30 in the morning, a train arrives")]),
+        ("a 5s exposure, then a 3s one", [(0, "a 5s exposure, then a 3s one")]),
+        ("0s: a/4s: b", [(0, "a"), (4, "b")]),
+        ("0s: a // 4s: b", [(0, "a"), (4, "b")]),
+        ("0s a / 4s b", [(0, "a"), (4, "b")]),
+        ("0s - a / 4s - b", [(0, "a"), (4, "b")]),
+        ("0: a / 4: b", [(0, "a"), (4, "b")]),
+        ("0 to 4 seconds: a\n4 to 8 seconds: b", [(0, "a"), (4, "b")]),
+        ("4 sec: a", [(4, "a")]),
+        ("0s: a; 4s: b | 8s: c", [(0, "a"), (4, "b"), (8, "c")]),
+        ("00:00: a / 00:04: b", [(0, "a"), (4, "b")]),
+        ("[0-4s] a", [(0, "a")]),
+        ("[0-4s] a [4-8s] b", [(0, "a"), (4, "b")]),
+        ("(2s) a (4s) b", [(2, "a"), (4, "b")]),
+        ("[1:02:03] a", [(3723, "a")]),
+        ('[[0, "a"], [4, "b"]]', [(0, "a"), (4, "b")]),
+        ('[{"start": 0, "text": "a"}]', [(0, "a")]),
+        ("1 00:00:01,000 --> 00:00:04,000 a 2 00:00:05,000 --> 00:00:06,000 b", [(1, "a"), (5, "b")]),
+        ("0s: a 1/4s exposure (30), 16:9 / 4s: b", [(0, "a 1/4s exposure (30), 16:9"), (4, "b")]),
+        ("0.5s exposure of a street", [(0, "0.5s exposure of a street")]),
+        ("a 3:2 clip (10s) of 2 dogs / 3 cats", [(0, "a 3:2 clip (10s) of 2 dogs / 3 cats")]),
+        ("1. a man\n2. a dog", [(0, "1. a man 2. a dog")]),
+        ("24/7 diner, 5s-long shot", [(0, "24/7 diner, 5s-long shot")]),
+    ],
+)
+def test_prompts_by_time_in_other_notations(text, board):
+    assert parse_storyboard(text) == board
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["at 3 sec: a then 5 sec: b", "1m: a", "from 00:10 a to 00:20 b", "0s a, 4s b", "0s a 4s b", "1: a / 2: b"]
+    + ["a [4s] b", "0-4s a. 4-8s b"],
+)
+def test_texts_that_seem_to_hold_times_are_refused(text):
+    with pytest.raises(UserError, match="seems to hold times"):
+        parse_storyboard(text)
+
+
+def test_prompts_that_may_be_meant_otherwise_are_named(capsys):
+    Path("beach").mkdir()
+    Path("empty.txt").write_text("# nothing yet\n")
+    assert parse_storyboard("beach") == [(0, "beach")]
+    assert "the prompt beach is taken as words, not as the file or folder" in capsys.readouterr().err
+    assert parse_storyboard("empty.txt") == []
+    assert "empty.txt holds no prompt" in capsys.readouterr().err
