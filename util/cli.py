@@ -23,6 +23,9 @@ from tqdm import tqdm
 class UserError(ValueError):
     """A user's mistake: shown as one line (what was given, what is expected, what to do), exit code 2."""
 
+    def __str__(self):  # it may quote what was given
+        return re.sub(r"\s*\n\s*", " ", super().__str__())
+
 
 class Failure(Exception):
     """What went wrong on the way and is nobody's mistake in the command: shown as one line, exit code 1."""
