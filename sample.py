@@ -3,7 +3,7 @@
     python sample.py --history clip.mp4
     python sample.py --history clip.mp4 --prompt "0s: she opens the door / 4s: she steps outside"
 
-Without --prompt, the storyboard beside the clip is used (clip.txt or clip.json; its times count from the clip's start).
+Without --prompt, the storyboard beside the clip is used (clip.json, .txt or .srt; its times count from its start).
 Writes the history with its continuation to --save_file, and a contact sheet beside it.
 """
 
@@ -39,7 +39,7 @@ WAN_FLAGS = dict(steps="--sample_steps", shift="--sample_shift", guidance="--sam
 class SampleConfig:
     history: str = ""  # the clip to continue
     checkpoint: str = "checkpoints/nano.safetensors"  # weights from finetune.py
-    prompt: str = None  # a text, "0s: ... / 4s: ...", or a .txt or .json file; 0 s is where the clip ends
+    prompt: str = None  # a text, "0s: ... / 4s: ...", or a .txt, .srt or .json file; 0 s is where the clip ends
     seconds: float = 6.0  # length of what is generated, rounded up to whole sections
     steps: int = None  # solver steps per section [the preset's]
     guidance: float = None  # classifier-free guidance: 1 is none [the preset's]

@@ -27,6 +27,10 @@ def test_storyboards_beside_a_video(tmp_path):
     assert storyboard_beside(tmp_path / "a.mp4") is None
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf# when he tires\r\n0s: a man walks\r\n\r\n4.5s: he sits\r\n")
     assert storyboard_beside(tmp_path / "a.mp4") == parse_storyboard(str(tmp_path / "a.txt")) == BOARD
+    (tmp_path / "a.srt").write_text("1\n00:00:01,000 --> 00:00:04,000\nbye\n")
+    (tmp_path / "c.srt").write_bytes((tmp_path / "a.srt").read_bytes())
+    assert storyboard_beside(tmp_path / "c.mp4") == [(1.0, "bye")]
+    assert storyboard_beside(tmp_path / "a.mp4") == BOARD  # the .txt goes before the .srt
     (tmp_path / "a.json").write_text(json.dumps([{"start": 1, "text": "x", "end": 2}, [3, "y"]]))
     assert storyboard_beside(tmp_path / "a.mp4") == [(1.0, "x"), (3.0, "y")]  # it goes before the .txt
     assert storyboard_beside(tmp_path / "b.mp4") is None

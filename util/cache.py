@@ -23,7 +23,7 @@ from tqdm import tqdm
 from util.cli import UserError, warn
 from util.files import LOCK, RECORD, atomic_write, file_hash, is_a, lock_folder, parse_json, remove_leftovers
 from util.folder import check_skipped, find_videos, name_digest, nearest_size, warn_past_end, why_unusable
-from util.storyboard import parse_entries, prompt_at, storyboard_beside
+from util.storyboard import BESIDE, parse_entries, prompt_at, storyboard_beside
 from util.video import READING, read_video, to_pixels, video_info
 from util.weights import open_safetensors
 
@@ -182,7 +182,7 @@ def write_cache(videos, out, captions_file, base, rates, processes):
         lock_folder(out)
     names = {path: path.relative_to(videos).as_posix() for path in paths}
     captions = find_captions(videos, captions_file, names.values()) if captions_file else None
-    if captions or captions is None and any(path.with_suffix(s).is_file() for path in paths for s in (".txt", ".json")):
+    if captions or captions is None and any(path.with_suffix(s).is_file() for path in paths for s in BESIDE):
         base.prompts("a prompt")  # no text encoder? Say so now, not after hours
     settings = cache_settings(base) | {"prompts": base.prompts.settings, "lows": [low_name(rate) for rate in rates]}
     mine = paths[processes.rank :: processes.world_size]

@@ -35,7 +35,7 @@ def encode_videos(folder, paths, base, cache, rate=None, captions=storyboard_bes
             skipped.append(why_unusable(path, e))
             continue
         if prompts is None:
-            warn(f"no caption beside {path} (.txt or .json): trained without a prompt")
+            warn(f"no caption beside {path} (.txt, .srt or .json): trained without a prompt")
         board = [(round(seconds * base.fps / stride), prompt) for seconds, prompt in prompts or []]
         if board and board[-1][0] >= latents.shape[1]:
             longer.append(path)

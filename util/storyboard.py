@@ -36,6 +36,7 @@ SEPARATOR = re.compile(
     re.IGNORECASE,
 )
 IN_BRACKETS = re.compile(rf"(?:^|\s+)(?=[\[(<]\s*(?:{UNITS}|{CLOCK})\s*[\])>])", re.IGNORECASE)
+BESIDE = (".json", ".txt", ".srt")  # endings of storyboards beside a video, the first wins
 LONGEST = 10**7  # seconds, four months
 ADVICE = '"0s: he walks / 4s: he sits"'
 JSON_ADVICE = '[[0, "he walks"], [4, "he sits"]]'
@@ -62,7 +63,7 @@ def parse_storyboard(text_or_path):
     """
     text = str(text_or_path).strip()
     suffix = Path(text).suffix.lower() if "\n" not in text else ""
-    if not isinstance(text_or_path, Path) and suffix not in {".txt", ".json", ".srt"}:
+    if not isinstance(text_or_path, Path) and suffix not in BESIDE:
         if text and os.path.exists(text):
             warn(f"the prompt {text} is taken as words, not as the file or folder of that name")
         return parse_text(text, "the prompt")
@@ -224,8 +225,6 @@ def prompt_at(storyboard, seconds):
 
 
 def storyboard_beside(path):
-    """The storyboard of the same name beside a video, a .json or else a .txt; None if there is neither."""
-    for beside in (Path(path).with_suffix(".json"), Path(path).with_suffix(".txt")):
-        if beside.is_file():
-            return parse_storyboard(beside)
-    return None
+    """The storyboard of the same name beside a video, the first there is of BESIDE; None if there is none."""
+    found = [file for suffix in BESIDE if (file := Path(path).with_suffix(suffix)).is_file()]
+    return parse_storyboard(found[0]) if found else None
