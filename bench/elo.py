@@ -4,6 +4,7 @@ python eval.py elo votes.csv
 """
 
 import csv
+import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from util.cli import UserError, parse_flags
-from util.files import atomic_write, check_outputs
+from util.files import atomic_write, check_outputs, read_text
 
 RESAMPLES = 1000  # bootstrap resamples of the votes, for the intervals
 PRIOR = 0.5  # wins, and as many losses, against an average opponent, where a rating would be infinite
@@ -41,12 +42,11 @@ def parse_vote(row, where):
 def read_votes(path):
     """A CSV file -> (sorted names, votes (V, 3) int: the indices of a and b, and twice a's score). Raises UserError."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            reader = csv.DictReader(f)
-            missing = [column for column in ("a", "b", "winner") if column not in (reader.fieldnames or [])]
-            if missing:
-                raise UserError(f"{path} has no column {', '.join(missing)}: its first line must be a,b,winner")
-            rows = [parse_vote(row, f"{path}, line {reader.line_num}") for row in reader]
+        reader = csv.DictReader(io.StringIO(read_text(path, newline=""), newline=""))
+        missing = [column for column in ("a", "b", "winner") if column not in (reader.fieldnames or [])]
+        if missing:
+            raise UserError(f"{path} has no column {', '.join(missing)}: its first line must be a,b,winner")
+        rows = [parse_vote(row, f"{path}, line {reader.line_num}") for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise UserError(
             f"{path} cannot be read ({getattr(e, 'strerror', None) or 'not CSV in UTF-8'}): "

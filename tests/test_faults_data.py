@@ -248,3 +248,9 @@ def test_paths_that_are_no_files(refused):
         *common, "--checkpoint=tiny.safetensors", "--prompt=pipe.txt"
     )
     assert "pipe is a pipe" in refused(*common, "--checkpoint=pipe")
+    assert "pipe cannot be read (it is no file)" in refused(eval_main, "elo", "pipe")
+    given = "--videos=.", "--out=c", "--preset=tiny", "--device=cpu"
+    assert "--captions pipe cannot be read" in refused(data.main, "cache", *given, "--captions=pipe")
+    os.mkfifo(".clip2.mp4.lock")
+    save = "--checkpoint=tiny.safetensors", "--save_file=clip2.mp4", "--seconds=2", "--steps=1"
+    assert ".clip2.mp4.lock is no file" in refused(*common, *save)

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from util.cli import UserError, warn
-from util.files import LOCK, RECORD, atomic_write, file_hash, is_a, lock_folder, parse_json, remove_leftovers
+from util.files import LOCK, RECORD, atomic_write, file_hash, is_a, lock_folder, parse_json, read_text, remove_leftovers
 from util.folder import check_skipped, find_videos, name_digest, nearest_size, warn_past_end, why_unusable
 from util.storyboard import BESIDE, parse_entries, prompt_at, storyboard_beside
 from util.video import READING, read_video, to_pixels, video_info
@@ -137,7 +137,7 @@ def read_captions(path):
     """{video: storyboard} of a JSONL file. Raises UserError naming the line."""
     captions = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # a caption may hold U+2028
+        lines = read_text(path).split("\n")  # a caption may hold U+2028
     except (OSError, UnicodeDecodeError):
         raise UserError(f"--captions {path} cannot be read: give a JSONL file in UTF-8") from None
     for n, line in enumerate(lines, 1):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from util.cli import UserError, warn
+from util.files import read_text
 
 CLOCK = r"(?:\d+:)?\d{1,2}:\d{2}(?:[.,]\d+)?"  # 00:04, 1:02:03.5
 NUMBER = r"\d+(?:\.\d*)?"
@@ -68,9 +69,7 @@ def parse_storyboard(text_or_path):
             warn(f"the prompt {text} is taken as words, not as the file or folder of that name")
         return parse_text(text, "the prompt")
     try:
-        if os.path.exists(text) and not os.path.isfile(text):  # a pipe would wait for ever
-            raise OSError(0, "it is no file")
-        content = Path(text).read_text(encoding="utf-8-sig")
+        content = read_text(text)
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise UserError(
             f"storyboard {text} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}): "
