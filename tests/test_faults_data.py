@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import data
@@ -21,7 +22,7 @@ import finetune
 import pretrain
 import sample
 from eval import main as eval_main
-from tests.common import flags, greys, losses, run, write_checkpoint, write_raw, write_video
+from tests.common import flags, greys, losses, run, tiny_base, tiny_encoder, write_checkpoint, write_raw, write_video
 from util.cli import UserError
 from util.files import parse_json
 from util.video import read_video
@@ -160,7 +161,7 @@ def test_a_wrong_size_in_a_manifest_is_named(cache, capsys):
     Path("c/manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(SystemExit) as stop:
         run(pretrain.main, *flags(cache, data="c", out="r", batch=1))
-    assert stop.value.code == 2 and "the manifest says (40, 16, 4)" in capsys.readouterr().err
+    assert stop.value.code == 2 and "is damaged: delete it, run data.py cache" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,6 +197,46 @@ def test_odd_manifests_are_one_line(entry, refused, cache):
     manifest["videos"][next(iter(manifest["videos"]))] = entry
     Path("c/manifest.json").write_text(json.dumps(manifest))
     assert "error: " in refused(pretrain.main, *flags(cache, data="c", out="r"))
+
+
+ODD_WINDOWS = {
+    "channels": lambda t: t.update(latents=t["latents"][:8]),
+    "nan": lambda t: t["latents"].fill_(math.nan),
+    "whole numbers": lambda t: t.update(latents=t["latents"].long()),
+    "frames of low": lambda t: t.update({"low.4x4x2": t["low.4x4x2"][:, :5]}),
+    "size of low": lambda t: t.update({"low.4x4x2": t["low.4x4x2"][..., :1]}),
+    "dimensions of low": lambda t: t.update({"low.4x4x2": t["low.4x4x2"][0]}),
+    "no low": lambda t: t.pop("low.4x4x2"),
+    "words": lambda t: t.update({"text.0": torch.zeros(25, 16)}),
+    "no words": lambda t: t.update({"text.0": torch.zeros(0, 16)}),
+    "width of words": lambda t: t.update({"text.0": torch.zeros(2, 15)}),
+    "infinite words": lambda t: t["text.0"].fill_(math.inf),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_WINDOWS)
+def test_odd_windows_are_one_line(kind):
+    write_video("videos/0.mp4", 40)
+    Path("videos/0.txt").write_text("waves")
+    run(data.main, "cache", "--videos=videos", "--preset=tiny", "--device=cpu", "--out=c")
+    clip, base, phi = data.cached_clips("c", tiny_base(), 1)[0][0], tiny_base(), tiny_encoder()
+
+    def read():
+        return clip.cut(0, 40), clip.load_low(phi), clip.text(0, base.prompts)
+
+    assert [x.shape for x in read()] == [(1, 16, 40, 8, 8), (1, 16, 40, 2, 2), (1, 24, 16)]
+    with safe_open(clip.file, framework="pt") as f:
+        tensors, metadata = {name: f.get_tensor(name) for name in f.keys()}, f.metadata()
+    ODD_WINDOWS[kind](tensors)
+    save_file({name: x.contiguous() for name, x in tensors.items()}, clip.file, metadata)
+    with pytest.raises(UserError, match="is damaged: delete it, run data.py cache"):
+        read()
+
+
+@pytest.mark.parametrize("rate, says", [("32x4x2", "more than twice a frame"), ("4x4x8", "T may be at most 4")])
+def test_rates_too_large_for_a_cache_are_refused(rate, says, refused):
+    given = "--videos=nowhere", "--out=c", "--preset=tiny", "--device=cpu"
+    assert says in refused(data.main, "cache", *given, f"--rates=4x4x2 {rate}")
 
 
 ODD_CLAIMS = [dict(preset=["nano"]), dict(preset=5), dict(rate=4), dict(rate="axb"), dict(seed=None), dict(seed="a")]
