@@ -41,15 +41,15 @@ def content(*paths):
 
 @pytest.mark.parametrize("suffix", [".mp4", ".mov", ".gif"])
 def test_the_contact_sheet_spares_a_picture_of_that_name(suffix, refused):
-    Image.fromarray(greys(1, 32, 32).numpy()[0]).save("photo.png")
-    Image.fromarray(greys(1, 32, 32).numpy()[0]).save("photo2.png")
+    photo, photo2 = (f"{name}{suffix}.png".replace(".mp4", "") for name in ("photo", "photo2"))  # p.gif has p.gif.png
+    for name in (photo, photo2):
+        Image.fromarray(greys(1, 32, 32).numpy()[0]).save(name)
     write_video("clip.mp4")
     common = "--checkpoint", write_checkpoint(), "--seconds=2", "--steps=1"
-    assert "photo.png would be written over" in refused(
-        sample.main, *common, "--history=photo.png", f"--save_file=photo{suffix}"
+    assert f"{photo} would be written over" in refused(
+        sample.main, *common, f"--history={photo}", f"--save_file=photo{suffix}"
     )
-    for name in ("photo2.png", "kept" + suffix):
-        Path(name).touch()
+    Path(f"kept{suffix}").touch()
     for save in (f"photo2{suffix}", f"kept{suffix}"):
         assert "was not written by this program" in refused(
             sample.main, *common, "--history=clip.mp4", f"--save_file={save}"
