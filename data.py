@@ -4,6 +4,7 @@ python data.py story                          a held-out story as a video, to tr
 python data.py cache --videos DIR --out DIR   encode a folder of videos once (util/cache.py)
 """
 
+import util  # noqa: F401, I001 (first: see there)
 import functools
 import json
 from dataclasses import dataclass
@@ -103,15 +104,13 @@ class CachedClip(Clip):
         return self.shape[2:]
 
     def cut(self, first, last):
-        with open_window(self.file) as f:
-            return read_tensor(f, "latents", self.shape, slice(first, last))[None]
+        return read_tensor(self.file, "latents", self.shape, slice(first, last))[None]
 
     def load_low(self, encoder):
         (channels, frames, *size), (t, *space) = self.shape, encoder.rate
         frames = range(1 + (frames - 1) // t, frames + 1)  # the codec decides, see Codec.encode_low()
-        with open_window(self.file) as f:
-            shape = channels, frames, *(-(-n // r) for n, r in zip(size, space))
-            return read_tensor(f, low_name(encoder.rate), shape)[None]
+        shape = channels, frames, *(-(-n // r) for n, r in zip(size, space))
+        return read_tensor(self.file, low_name(encoder.rate), shape)[None]
 
     def text(self, frame, prompts):
         with open_window(self.file) as f:
@@ -119,8 +118,8 @@ class CachedClip(Clip):
             if not starts:
                 return prompts("")[None]
             k = max((k for k, start in enumerate(starts) if start <= frame), default=0)
-            length, dim = prompts("").shape
-            rows = read_tensor(f, f"text.{k}", (range(1, length + 1), dim))
+        length, dim = prompts("").shape
+        rows = read_tensor(self.file, f"text.{k}", (range(1, length + 1), dim))
         return F.pad(rows, (0, 0, 0, length - len(rows)))[None]
 
 
@@ -324,8 +323,6 @@ def cache(argv):
         raise UserError(
             f"{' and '.join(missing)} missing: give --videos, a folder of videos, and --out, one for the cache"
         )
-    if Path(config.out).exists() and not Path(config.out).is_dir():
-        raise UserError(f"--out {config.out} is a file: give a folder for the cache")
     # the others wait for the slowest process
     processes = start_processes(config.device, timeout=timedelta(days=7), tensors=False)
     base = open_base(config.preset, config.vae, config.t5, processes.device)

@@ -129,18 +129,19 @@ def open_window(path):
         raise UserError(damaged) from None
 
 
-def read_tensor(file, name, shape, part=slice(None)):
-    """A tensor of an open window, or a `part` of its second dimension, float32. shape: sizes, or ranges of them.
+def read_tensor(path, name, shape, part=slice(None)):
+    """A tensor of a window, or a `part` of its second dimension, float32. shape: sizes, or ranges of them.
 
-    Raises ValueError if its shape is another, or if it holds anything but finite floating-point numbers.
+    Raises UserError if its shape is another, or if it holds anything but finite floating-point numbers.
     """
-    stored = file.get_slice(name)
     sizes = [want if isinstance(want, range) else (want,) for want in shape]
-    fits = len(sizes) == len(stored.get_shape()) and all(n in want for n, want in zip(stored.get_shape(), sizes))
-    tensor = stored[:, part] if fits else None
-    if tensor is None or not tensor.is_floating_point() or not tensor.isfinite().all():
-        raise ValueError(name)
-    return tensor.float()
+    with open_window(path) as file:
+        stored = file.get_slice(name)
+        fits = len(sizes) == len(stored.get_shape()) and all(n in want for n, want in zip(stored.get_shape(), sizes))
+        tensor = stored[:, part] if fits else None
+        if tensor is None or not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(name)
+        return tensor.float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
