@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from util.cli import UserError, parse_flags
 from util.files import atomic_write, check_outputs, read_text
@@ -55,7 +56,8 @@ def read_votes(path):
     if not rows:
         raise UserError(f"{path} holds no votes: add lines such as proposed,only-lr,proposed")
     names = sorted({name for a, b, _ in rows for name in (a, b)})
-    return names, np.array([(names.index(a), names.index(b), score) for a, b, score in rows])
+    index = {name: i for i, name in enumerate(names)}
+    return names, np.array([(index[a], index[b], score) for a, b, score in rows])
 
 
 @dataclass
@@ -98,10 +100,10 @@ def check_linked(names, pairs, path):
     """Raise UserError if votes link some methods with none of the others. pairs: one set."""
     linked = pairs.reached(len(names))[:, 0]
     if not linked.all():
-        groups = [", ".join(name for name, x in zip(names, linked) if x == side) for side in (True, False)]
+        groups = [[name for name, x in zip(names, linked) if x == side] for side in (True, False)]
+        a, b = (", ".join(group[:5] + [f"{len(group) - 5} more"] * (len(group) > 5)) for group in groups)
         raise UserError(
-            f"{path}: no vote links {groups[0]} with {groups[1]}, so their ratings cannot be compared: "
-            "add votes between them"
+            f"{path}: no vote links {a} with {b}, so their ratings cannot be compared: add votes between them"
         )
 
 
@@ -196,8 +198,9 @@ def compute_ratings(names, votes, path):
     check_linked(names, pairs, path)
     theta, unbounded = fit_strengths(pairs, len(names))
     resampled = np.random.default_rng(0).multinomial(len(votes), counts / len(votes), RESAMPLES)
-    parts = np.array_split(resampled, 1 + counts.size * RESAMPLES // 2**23)  # a few GB at most
-    fits = [fit_strengths(pair_votes(kinds, part.T), len(names), theta) for part in parts]
+    parts = np.array_split(resampled, 1 + counts.size * RESAMPLES // 2**17)  # of some MB, for the cache and the bar
+    bar = tqdm(parts, desc="resamples", delay=2)
+    fits = [fit_strengths(pair_votes(kinds, part.T), len(names), theta) for part in bar]
     many, many_unbounded = (torch.cat(x, dim=-1) for x in zip(*fits))
     points = 400 / math.log(10)
     intervals = 1200 + points * np.percentile(many.numpy(), (2.5, 97.5), axis=1)
