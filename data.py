@@ -243,7 +243,7 @@ def cached_clips(folder, base, n_held_out, rate=None):
     # the first window of every held-out video, then the second: a few clips then come from different videos
     rounds = zip_longest(*(videos[name] for name in held_names))
     held_out = [clip for windows in rounds for clip in windows if clip is not None][:n_held_out]
-    print(f"{len(train)} clips of {len(names)} videos to train on, {len(held_out)} of {len(held_names)} held out")
+    print(f"clips to train on: {len(train)}, of {len(names)} videos; held out: {len(held_out)}, of {len(held_names)}")
     full = base.history + base.section
     return Clips(train, full), Clips(held_out, full)
 

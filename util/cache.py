@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from util.cli import UserError, warn
 from util.files import LOCK, RECORD, atomic_write, file_hash, is_a, lock_folder, parse_json, read_text, remove_leftovers
-from util.folder import check_skipped, find_videos, name_digest, nearest_size, warn_past_end, why_unusable
+from util.folder import check_skipped, find_videos, name_digest, nearest_size, warn_longer, why_unusable
 from util.storyboard import BESIDE, parse_entries, prompt_at, storyboard_beside
 from util.video import READING, read_video, to_pixels, video_info
 from util.weights import open_safetensors
@@ -201,13 +201,15 @@ def write_cache(videos, out, captions_file, base, rates, processes):
         base.prompts("a prompt")  # no text encoder? Say so now, not after hours
     settings = cache_settings(base) | {"prompts": base.prompts.settings, "lows": [low_name(rate) for rate in rates]}
     mine = paths[processes.rank :: processes.world_size]
-    n_skipped = processes.running_sum()
+    n_skipped, longer = processes.running_sum(), []
     for path in tqdm(mine, desc="caching videos", disable=processes.rank > 0):
         entry = cache_video(out, path, names[path], captions, settings, base, rates)
         if "skipped" in entry:
             tqdm.write(f"skipped: {entry['skipped']}", file=sys.stderr)
+        longer += [path] if entry.get("longer") else []
         # counted over all processes: above the limit there is no need to encode the rest
         check_skipped(n_skipped(int("skipped" in entry)), len(paths), videos)
+    warn_longer(longer)
     processes.shutdown()
     if processes.rank == 0:
         finish_cache(out, list(names.values()), settings)
@@ -235,8 +237,9 @@ def index_of(out, name):
 def cache_video(out, path, name, captions, settings, base, rates):
     """Make a video's windows and its index, unless they are there -> the index.
 
-    {"key": ..., "windows": [(file name, bytes, frames, height, width)]} or {"key": ..., "skipped": why}. Raises
-    UserError if the index is damaged, OSError if the disk does not take the files.
+    {"key": ..., "windows": [(file name, bytes, frames, height, width)], "longer": does its storyboard go on after its
+    end?} or {"key": ..., "skipped": why}. Raises UserError if the index is damaged, OSError if the disk does not take
+    the files.
     """
     index, advice = index_of(out, name), "delete it, then run data.py cache again"
     made = parse_json(index.read_bytes(), index, advice) if index.is_file() else {}
@@ -251,12 +254,12 @@ def cache_video(out, path, name, captions, settings, base, rates):
     if made.get("key") == key and complete:
         return made
     try:
-        windows = write_windows(out / "windows", path, board, key, base, rates)
+        windows, seconds = write_windows(out / "windows", path, board, key, base, rates)
     except Exception as e:
         return write_index(index, dict(key=key, skipped=why_unusable(path, e)))
     if not board:
         warn(f"no caption for {path}: trained without a prompt")
-    return write_index(index, dict(key=key, windows=windows))
+    return write_index(index, dict(key=key, windows=windows, longer=bool(board) and board[-1][0] >= seconds))
 
 
 def write_index(path, entry):
@@ -267,7 +270,7 @@ def write_index(path, entry):
 
 
 def write_windows(folder, path, board, key, base, rates):
-    """Encode a video window by window -> [(file name, bytes, frames, height, width)].
+    """Encode a video window by window -> ([(file name, bytes, frames, height, width)], seconds of video in them).
 
     A window's file has latents (C, F, h, w) bfloat16, `low` of each rate, text.K (L, text_dim) for each of its prompts,
     and the latents at which these start.
@@ -294,9 +297,7 @@ def write_windows(folder, path, board, key, base, rates):
         with atomic_write(file, replace=True) as part:
             save_file(tensors, part, {"starts": json.dumps([first for first, _ in prompts])})
         written.append((file.name, file.stat().st_size, *tensors["latents"].shape[1:]))
-    if board and board[-1][0] >= end:
-        warn_past_end(path, board[-1][0], end)
-    return written
+    return written, end
 
 
 def video_windows(path, base):
