@@ -55,11 +55,13 @@ def parse_storyboard(text_or_path):
     a plain prompt         which holds from 0 s on
     prompts with times     0s: a man walks / 4.5s: he sits    (separated by slashes, commas, or on lines of their own)
                            4.5s he sits, 4.5s - he sits, [4.5s] he sits, [3-6s] he sits, 00:04 he sits, 0: he sits;
+                           1m5s: he sits, t=4 he sits, <4s> he sits, **4s**: he sits;
                            a man walks [4.5s: he sits]; SRT; the list of a .json
     the path of a .txt     with one of these; lines that begin with # are comments. Or of an .srt
     the path of a .json    with a list of [seconds, prompt] or {"start": seconds, "text": prompt}
 
-    A prompt holds until the next one begins, so ends, as in 0s-3s, are ignored.
+    A prompt holds until the next one begins, so ends, as in 0s-3s, are ignored. Times are times where the text begins
+    with one, and where more follow in rising order, or the first is 0 or clear: 1950s: a diner is a plain prompt.
     Raises UserError naming the line or entry.
     """
     text = str(text_or_path).strip()
