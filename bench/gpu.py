@@ -44,7 +44,7 @@ class Part:
 PARTS = [
     Part("kernels", "Kernels, dtypes, optimizer", gpu_parts.kernels, 0.3),
     Part("compile", "Compiled blocks while the history grows", gpu_parts.recompilations, 0.8),
-    Part("nano", "nano: both stages, 200 steps each", gpu_parts.nano, 2.2),
+    Part("nano", "nano: both stages, 200 steps each", gpu_parts.nano, 2.1),
     Part("wan-steps", "Wan 1.3B: training steps, 480x832, 20 s of history", gpu_wan.steps, 1.9),
     Part("wan-sections", "Wan 1.3B: sections one after another", gpu_wan.sections, 0.7),
     Part("diffusers", "Our DiT beside diffusers' WanTransformer3DModel", gpu_wan.beside_diffusers, 1.2),
