@@ -4,6 +4,7 @@ python data.py story                          a held-out story as a video, to tr
 python data.py cache --videos DIR --out DIR   encode a folder of videos once (util/cache.py)
 """
 
+import util  # noqa: F401, I001 (first: see there)
 import functools
 import json
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 import dolls.dataset as dolls
 from bases import open_base
 from encoder import parse_rate
-from util.cache import low_name, open_window, read_manifest, write_cache
+from util.cache import low_name, open_window, read_manifest, read_tensor, write_cache
 from util.cli import UserError, load_object, parse_flags, run_command, run_main, warn
 from util.distributed import start_processes
 from util.files import atomic_write, check_output
@@ -90,31 +91,26 @@ class Clip:
 class CachedClip(Clip):
     """A window of a cache, whose latents and prompts are read when they are asked for."""
 
-    def __init__(self, file, frames, size):
-        self.file, self.length, self.shape = file, frames, size
+    def __init__(self, file, shape):
+        self.file, self.shape = file, shape  # (C, F, h, w)
         self.low = self.pixels = self.story = None
 
     @property
     def frames(self):
-        return self.length
+        return self.shape[1]
 
     @property
     def size(self):
-        return self.shape
+        return self.shape[2:]
 
     def cut(self, first, last):
-        with open_window(self.file) as f:
-            latents = f.get_slice("latents")
-            if tuple(latents.get_shape()[1:]) != (self.length, *self.shape):
-                raise UserError(
-                    f"{self.file} holds {tuple(latents.get_shape()[1:])} frames, rows, columns; the manifest says "
-                    f"{(self.length, *self.shape)}: run data.py cache again"
-                )
-            return latents[:, first:last][None].float()
+        return read_tensor(self.file, "latents", self.shape, slice(first, last))[None]
 
     def load_low(self, encoder):
-        with open_window(self.file) as f:
-            return f.get_tensor(low_name(encoder.rate))[None].float()
+        (channels, frames, *size), (t, *space) = self.shape, encoder.rate
+        frames = range(1 + (frames - 1) // t, frames + 1)  # the codec decides, see Codec.encode_low()
+        shape = channels, frames, *(-(-n // r) for n, r in zip(size, space))
+        return read_tensor(self.file, low_name(encoder.rate), shape)[None]
 
     def text(self, frame, prompts):
         with open_window(self.file) as f:
@@ -122,8 +118,9 @@ class CachedClip(Clip):
             if not starts:
                 return prompts("")[None]
             k = max((k for k, start in enumerate(starts) if start <= frame), default=0)
-            rows = f.get_tensor(f"text.{k}").float()  # (tokens, text_dim)
-        return F.pad(rows, (0, 0, 0, prompts.length - len(rows)))[None]
+        length, dim = prompts("").shape
+        rows = read_tensor(self.file, f"text.{k}", (range(1, length + 1), dim))
+        return F.pad(rows, (0, 0, 0, length - len(rows)))[None]
 
 
 class Clips:
@@ -236,7 +233,7 @@ def check_prompts(data, prompts):
 def cached_clips(folder, base, n_held_out, rate=None):
     """(clips to train on, at most n_held_out held-out clips) of a folder that `data.py cache` wrote."""
     videos = {
-        name: [CachedClip(file, frames, tuple(size)) for file, frames, *size in windows]
+        name: [CachedClip(file, (base.codec.channels, *shape)) for file, *shape in windows]
         for name, windows in read_manifest(folder, base, rate).items()
     }
     if not videos:
@@ -246,7 +243,7 @@ def cached_clips(folder, base, n_held_out, rate=None):
     # the first window of every held-out video, then the second: a few clips then come from different videos
     rounds = zip_longest(*(videos[name] for name in held_names))
     held_out = [clip for windows in rounds for clip in windows if clip is not None][:n_held_out]
-    print(f"{len(train)} clips of {len(names)} videos to train on, {len(held_out)} of {len(held_names)} held out")
+    print(f"clips to train on: {len(train)}, of {len(names)} videos; held out: {len(held_out)}, of {len(held_names)}")
     full = base.history + base.section
     return Clips(train, full), Clips(held_out, full)
 
@@ -326,14 +323,12 @@ def cache(argv):
         raise UserError(
             f"{' and '.join(missing)} missing: give --videos, a folder of videos, and --out, one for the cache"
         )
-    if Path(config.out).exists() and not Path(config.out).is_dir():
-        raise UserError(f"--out {config.out} is a file: give a folder for the cache")
     # the others wait for the slowest process
     processes = start_processes(config.device, timeout=timedelta(days=7), tensors=False)
     base = open_base(config.preset, config.vae, config.t5, processes.device)
     if not base.codec.decodes:
         raise UserError(f"--preset {config.preset} needs --vae: a local folder of its VAE in the diffusers layout")
-    rates = sorted({parse_rate(rate) for rate in (config.rates or "").split() or [base.rate]})
+    rates = sorted({parse_rate(rate, base) for rate in (config.rates or "").split() or [base.rate]})
     write_cache(config.videos, config.out, config.captions, base, rates, processes)
 
 

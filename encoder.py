@@ -43,14 +43,20 @@ def find_method(name):
     return load_object(METHODS[name])
 
 
-def parse_rate(text):
-    """'4x4x2' (rows x columns x frames, as the paper writes it) -> (t, h, w) = (2, 4, 4). Raises UserError."""
+def parse_rate(text, base=None):
+    """'4x4x2' (rows x columns x frames, as the paper writes it) -> (t, h, w) = (2, 4, 4). Raises UserError, also if a
+    block is too large for `base`."""
     try:
         h, w, t = (int(n) for n in text.lower().split("x"))
     except ValueError:
         raise UserError(f"--rate {text}: expected HxWxT, as in 4x4x2") from None
     if any(n < 1 or n & (n - 1) for n in (h, w, t)):
         raise UserError(f"--rate {text}: each number must be a power of two")
+    if base and t > base.section:
+        raise UserError(f"--rate {text}: T may be at most {base.section}, the latents of a segment")
+    grid = [n // (s * p) for n, s, p in zip(base.sizes[0], base.codec.stride[1:], base.dit.patch[1:])] if base else []
+    if any(r > 2 * n for r, n in zip((h, w), grid)):  # frames are padded up to whole blocks
+        raise UserError(f"--rate {text}: a block is more than twice a frame ({grid[0]}x{grid[1]} tokens)")
     return t, h, w
 
 
@@ -125,10 +131,8 @@ class MemoryEncoder(nn.Module):
 
     def __init__(self, base, rate, window=1):
         super().__init__()
-        self.rate, self.segment, self.causal = parse_rate(rate), base.section, base.codec.causal
+        self.rate, self.segment, self.causal = parse_rate(rate, base), base.section, base.codec.causal
         self.patch, self.window = base.dit.patch, window
-        if self.rate[0] > self.segment:
-            raise UserError(f"--rate {rate}: T may be at most {self.segment}, the latents of a segment")
         self.block = tuple(r * n for r, n in zip(self.rate, self.patch))  # latents per memory token (f, h, w)
         self.build(base)
         # φ's own copy of the DiT's patch embedding, for uncompressed frames: so memory does not depend on the DiT's own

@@ -8,6 +8,7 @@ The DiT must denoise randomly chosen frames of a 20 s history given φ(H) (paper
     torchrun --nproc_per_node=8 pretrain.py       the same global batch on eight GPUs
 """
 
+import util  # noqa: F401, I001 (first: see there)
 import hashlib
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -247,7 +248,7 @@ def check(config):
     for key in ("rate", "lora", "optimizer", "lr", "t_mean", "t_std"):
         if getattr(config, key) is None:
             setattr(config, key, getattr(base, key))
-    t, h, w = parse_rate(config.rate)
+    t, h, w = parse_rate(config.rate, base)
     config.rate = f"{h}x{w}x{t}"  # as checkpoints and tables name it
     find_method(config.method)
     for key in "steps batch micro_batch save_every held_out sample_steps clips window queries".split():
@@ -307,10 +308,6 @@ def setup(config):
     base = open_base(config.preset, config.vae, device=processes.device)
     if config.batch < processes.world_size:
         raise UserError(f"--batch {config.batch}: must be at least the number of processes, {processes.world_size}")
-    _, *rate = parse_rate(config.rate)
-    grid = [n // (s * p) for n, s, p in zip(base.sizes[0], base.codec.stride[1:], base.dit.patch[1:])]
-    if any(r > 2 * n for r, n in zip(rate, grid)):  # frames are padded up to whole blocks
-        raise UserError(f"--rate {config.rate}: a block is more than twice a frame ({grid[0]}x{grid[1]} tokens)")
     claim_folder(config.out, config.resume, processes)
     model = make_model(config, base, processes.device)
     with processes.main_first():  # rank 0 fills the cache

@@ -3,10 +3,11 @@
     python sample.py --history clip.mp4
     python sample.py --history clip.mp4 --prompt "0s: she opens the door / 4s: she steps outside"
 
-Without --prompt, the storyboard beside the clip is used (clip.txt or clip.json; its times count from the clip's start).
+Without --prompt, the storyboard beside the clip is used (clip.json, .txt or .srt; its times count from its start).
 Writes the history with its continuation to --save_file, and a contact sheet beside it.
 """
 
+import util  # noqa: F401, I001 (first: see there)
 import math
 import time
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from util.cli import Failure, UserError, load_object, parse_flags, run_main, war
 from util.device import autocast, peak_memory, pick_device
 from util.files import check_output, same_path, shipped, unused
 from util.folder import copy_history, stream_clip, warn_past_end
-from util.sheets import SectionSheet
+from util.sheets import SectionSheet, sheet_path
 from util.storyboard import parse_storyboard, prompt_at, storyboard_beside
 from util.video import has_sound, to_frames, to_pixels
 from util.video_writer import VideoWriter
@@ -39,7 +40,7 @@ WAN_FLAGS = dict(steps="--sample_steps", shift="--sample_shift", guidance="--sam
 class SampleConfig:
     history: str = ""  # the clip to continue
     checkpoint: str = "checkpoints/nano.safetensors"  # weights from finetune.py
-    prompt: str = None  # a text, "0s: ... / 4s: ...", or a .txt or .json file; 0 s is where the clip ends
+    prompt: str = None  # a text, "0s: ... / 4s: ...", or a .txt, .srt or .json file; 0 s is where the clip ends
     seconds: float = 6.0  # length of what is generated, rounded up to whole sections
     steps: int = None  # solver steps per section [the preset's]
     guidance: float = None  # classifier-free guidance: 1 is none [the preset's]
@@ -256,7 +257,7 @@ def output_file(config):
     file = Path(config.save_file or f"out/{history.stem}.mp4")
     if not config.save_file and same_path(file, history):
         file = file.with_stem(file.stem + "_continued")
-    for path in (file, file.with_suffix(".png")):
+    for path in (file, sheet_path(file)):
         check_output(path, [history, config.checkpoint, config.prompt])
     return file
 
@@ -282,10 +283,10 @@ def main():
         seconds, stopped = write_sections(writer, sheet, generated, len(texts))
         if stopped:  # a video from before stays
             file = writer.path = unused(file, "stopped")
-    sheet.save(file.with_suffix(".png"))
+    sheet.save(sheet_path(file))
     made, peak = len(sheet.kept), peak_memory(device)
     print(f"{seconds / made:.2f} s per section of {length / base.fps:g} s; peak memory {peak:.2f} GiB")
-    print(f"wrote {file} and {file.with_suffix('.png')}")
+    print(f"wrote {file} and {sheet_path(file)}")
     if stopped:
         print(f"stopped after {made} of {len(texts)} sections, which are kept")
         raise stopped

@@ -4,15 +4,17 @@ python eval.py elo votes.csv
 """
 
 import csv
+import io
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from util.cli import UserError, parse_flags
-from util.files import atomic_write, check_outputs
+from util.files import atomic_write, check_outputs, read_text
 
 RESAMPLES = 1000  # bootstrap resamples of the votes, for the intervals
 PRIOR = 0.5  # wins, and as many losses, against an average opponent, where a rating would be infinite
@@ -41,12 +43,11 @@ def parse_vote(row, where):
 def read_votes(path):
     """A CSV file -> (sorted names, votes (V, 3) int: the indices of a and b, and twice a's score). Raises UserError."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            reader = csv.DictReader(f)
-            missing = [column for column in ("a", "b", "winner") if column not in (reader.fieldnames or [])]
-            if missing:
-                raise UserError(f"{path} has no column {', '.join(missing)}: its first line must be a,b,winner")
-            rows = [parse_vote(row, f"{path}, line {reader.line_num}") for row in reader]
+        reader = csv.DictReader(io.StringIO(read_text(path, newline=""), newline=""))
+        missing = [column for column in ("a", "b", "winner") if column not in (reader.fieldnames or [])]
+        if missing:
+            raise UserError(f"{path} has no column {', '.join(missing)}: its first line must be a,b,winner")
+        rows = [parse_vote(row, f"{path}, line {reader.line_num}") for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise UserError(
             f"{path} cannot be read ({getattr(e, 'strerror', None) or 'not CSV in UTF-8'}): "
@@ -55,7 +56,8 @@ def read_votes(path):
     if not rows:
         raise UserError(f"{path} holds no votes: add lines such as proposed,only-lr,proposed")
     names = sorted({name for a, b, _ in rows for name in (a, b)})
-    return names, np.array([(names.index(a), names.index(b), score) for a, b, score in rows])
+    index = {name: i for i, name in enumerate(names)}
+    return names, np.array([(index[a], index[b], score) for a, b, score in rows])
 
 
 @dataclass
@@ -98,10 +100,10 @@ def check_linked(names, pairs, path):
     """Raise UserError if votes link some methods with none of the others. pairs: one set."""
     linked = pairs.reached(len(names))[:, 0]
     if not linked.all():
-        groups = [", ".join(name for name, x in zip(names, linked) if x == side) for side in (True, False)]
+        groups = [[name for name, x in zip(names, linked) if x == side] for side in (True, False)]
+        a, b = (", ".join(group[:5] + [f"{len(group) - 5} more"] * (len(group) > 5)) for group in groups)
         raise UserError(
-            f"{path}: no vote links {groups[0]} with {groups[1]}, so their ratings cannot be compared: "
-            "add votes between them"
+            f"{path}: no vote links {a} with {b}, so their ratings cannot be compared: add votes between them"
         )
 
 
@@ -196,8 +198,9 @@ def compute_ratings(names, votes, path):
     check_linked(names, pairs, path)
     theta, unbounded = fit_strengths(pairs, len(names))
     resampled = np.random.default_rng(0).multinomial(len(votes), counts / len(votes), RESAMPLES)
-    parts = np.array_split(resampled, 1 + counts.size * RESAMPLES // 2**23)  # a few GB at most
-    fits = [fit_strengths(pair_votes(kinds, part.T), len(names), theta) for part in parts]
+    parts = np.array_split(resampled, 1 + counts.size * RESAMPLES // 2**17)  # of some MB, for the cache and the bar
+    bar = tqdm(parts, desc="resamples", delay=2)
+    fits = [fit_strengths(pair_votes(kinds, part.T), len(names), theta) for part in bar]
     many, many_unbounded = (torch.cat(x, dim=-1) for x in zip(*fits))
     points = 400 / math.log(10)
     intervals = 1200 + points * np.percentile(many.numpy(), (2.5, 97.5), axis=1)

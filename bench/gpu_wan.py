@@ -73,7 +73,7 @@ def steps(bench):
         aimed = name == "stage 1, compiled" and bench.cuda
         what = f"{name}, batch {batch}, recompute {'on' if recompute else 'off'}"
         target = ("55 %", mfu >= 0.55) if aimed else ("", None)
-        rows.append(Row(what, f"{words}; {memory} (predicted {predicted:.3g})", "", *target, figures))
+        rows.append(Row(what, f"{words}; {memory} (predicted {predicted:.3g} GiB)", "", *target, figures))
         return seconds
 
     rows = [Row("matrix product", product / 1e12, "TFLOP/s")]
@@ -185,7 +185,7 @@ def within_12_gb(bench):
     predicted = max(sum(phase.values()) for phase in phases) / 2**30
     done = "a section" + (" and the VAE" if base.codec.decodes else "; no VAE, diffusers is not installed")
     peak = f"{peak_memory(bench.device):.3g} GiB" if bench.cuda else NOT_ON_CPU
-    words = f"{done}; peak {peak} and {CONTEXT:g} for the context (predicted {predicted:.3g})"
+    words = f"{done}; peak {peak} and {CONTEXT:g} GiB for the context (predicted {predicted:.3g} GiB)"
     return [Row("sampling in 12 GiB", words, "", "done", True if bench.cuda else None)]
 
 
@@ -201,13 +201,15 @@ def two_blocks(bench):
         model = bench.model(cut)
         times.append(bench.seconds(training_step(SpeedConfig(rate=base.rate), cut, model)))
         del model
-    block = times[1] - times[0]
+    block, what = times[1] - times[0], "a block, forward and backward, recomputed"
+    if block <= 0:
+        return [Row(what, "less than the clock's noise: two blocks took no longer than one", figures=dict(times=times))]
     whole, rate = times[0] + (base.dit.layers - 1) * block, product_rate(bench)[0]
     mfu = step_flops(base, base.rate, base.section, 1) / whole / rate
     figures = dict(one=times[0], two=times[1], mfu=mfu)
     words = f"{whole:.3g} s, {100 * mfu:.0f} % of the matrix product"
     return [
-        Row("a block, forward and backward, recomputed", block, "s"),
+        Row(what, block, "s"),
         Row("stage 2, extrapolated", words, figures=figures),
     ]
 

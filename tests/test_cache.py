@@ -16,7 +16,7 @@ from bases import nano, open_base
 from bases.nano import DCTCodec, HashPrompts
 from tests.common import TINY, tiny_base, tiny_encoder, write_video
 from util import cache
-from util.cli import UserError
+from util.cli import UserError, warn
 from util.folder import nearest_size, split_videos
 from util.video import read_video, to_pixels
 
@@ -349,9 +349,9 @@ def test_a_storyboard_past_the_end_is_warned_of(capsys):
         (VIDEOS / f"{i}.txt").write_text(f"0s: waves / {50 + i}s: more")
     data.video_clips(VIDEOS, tiny_base(), Path("c"))
     assert "2 storyboards go on after their videos end (as that of" in capsys.readouterr().err
+    warn.cache_clear()
     make_cache()
-    text = capsys.readouterr().err
-    assert "goes on to 50 s, but the video ends at 6 s" in text and "goes on to 51 s" in text
+    assert capsys.readouterr().err.count("2 storyboards go on after their videos end (as that of") == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -127,6 +127,7 @@ def test_strengths_under_the_prior():
         ([("x", "tie", "x")], 'line 2: a is "x", b is "tie"'),
         ([("x",)], 'line 2: a is "x", b is ""'),
         ([("x", "y", "x"), ("y", "x", "x"), ("u", "v", "tie")], "no vote links u, v with x, y"),
+        ([("u", "v", "tie"), *(("a", f"a{i}", "tie") for i in range(7))], "links a, a0, a1, a2, a3, 3 more with u, v,"),
     ],
 )
 def test_refuses_votes_that_make_no_sense(refused, rows, message):

@@ -8,7 +8,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import bases
-from bench import gpu, gpu_parts
+from bench import gpu, gpu_parts, gpu_wan
 from bench.gpu_parts import NOT_ON_CPU, Row
 from encoder import MemoryDiT
 from tests.common import randn, randomize, run, tiny_base
@@ -32,10 +32,11 @@ def figures(folder="gpu"):
 
 @pytest.mark.parametrize("part", gpu.PARTS, ids=lambda part: part.name)
 def test_a_part_runs_on_a_cpu(part, capsys):
-    run(gpu.main, *TINY, "--parts", part.name)
+    run(gpu.main, *TINY, "--parts", f" {part.name}, {part.name}")
     rows = figures()[part.name]
     assert rows and all(row["what"] not in ("failed", "skipped") and row["met"] is not False for row in rows), rows
     report = Path("gpu/report.md").read_text()
+    assert "models tiny (--tiny)" in report
     assert f"## {part.title}" in report and all(f"| {row['what']} | " in report for row in rows)
     assert Path("gpu/log.txt").read_text() == "" and "wrote gpu/report.md" in capsys.readouterr().out
 
@@ -68,6 +69,17 @@ def test_a_part_that_fails_does_not_stop_the_rest(monkeypatch, capsys):
     assert [row["value"] for row in figures()["sound"]] == [2.0, NOT_ON_CPU, 1e-5]
     assert figures()["sound"][0]["figures"] == {"peak": None}  # JSON has no nan
     run(gpu.main, *TINY, "--parts", "sound")  # over its own report
+
+
+def test_all_parts_fit_the_minutes():
+    assert sum(part.minutes for part in gpu.PARTS) <= gpu.GPUConfig.minutes
+
+
+def test_a_block_that_takes_no_time_is_named(monkeypatch):
+    times = iter([2.0, 1.0])
+    monkeypatch.setattr(gpu_parts.Bench, "seconds", lambda *given: next(times))
+    rows = gpu_wan.two_blocks(gpu_parts.Bench(torch.device("cpu"), True, "cache"))
+    assert len(rows) == 1 and "less than the clock's noise" in rows[0].text
 
 
 def test_what_no_longer_fits_is_skipped_and_said_so(monkeypatch):

@@ -117,8 +117,9 @@ def test_files_and_functions_are_short(module):
             assert length <= 50, f"{node.name} has {length} lines"
 
 
-def test_lines_are_short():
+def test_all_files_and_their_lines_are_short():
     for path in sorted([*ROOT.glob("*.py"), *(p for r in (*ROOMS, "tests") for p in (ROOT / r).rglob("*.py"))]):
+        assert len(lines(path)) <= 400, path.relative_to(ROOT)
         long = [n for n, line in enumerate(lines(path), 1) if len(line) > 120]
         assert not long, f"{path.relative_to(ROOT)}, lines {long}"
 

@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from util.cli import UserError, warn
-from util.files import LOCK, RECORD, atomic_write, file_hash, is_a, lock_folder, parse_json, remove_leftovers
-from util.folder import check_skipped, find_videos, name_digest, nearest_size, warn_past_end, why_unusable
-from util.storyboard import parse_entries, prompt_at, storyboard_beside
+from util.files import LOCK, RECORD, atomic_write, file_hash, is_a, lock_folder, parse_json, read_text, remove_leftovers
+from util.folder import check_skipped, find_videos, name_digest, nearest_size, warn_longer, why_unusable
+from util.storyboard import BESIDE, parse_entries, prompt_at, storyboard_beside
 from util.video import READING, read_video, to_pixels, video_info
 from util.weights import open_safetensors
 
@@ -129,6 +129,21 @@ def open_window(path):
         raise UserError(damaged) from None
 
 
+def read_tensor(path, name, shape, part=slice(None)):
+    """A tensor of a window, or a `part` of its second dimension, float32. shape: sizes, or ranges of them.
+
+    Raises UserError if its shape is another, or if it holds anything but finite floating-point numbers.
+    """
+    sizes = [want if isinstance(want, range) else (want,) for want in shape]
+    with open_window(path) as file:
+        stored = file.get_slice(name)
+        fits = len(sizes) == len(stored.get_shape()) and all(n in want for n, want in zip(stored.get_shape(), sizes))
+        tensor = stored[:, part] if fits else None
+        if tensor is None or not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(name)
+        return tensor.float()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Captions
 
@@ -137,7 +152,7 @@ def read_captions(path):
     """{video: storyboard} of a JSONL file. Raises UserError naming the line."""
     captions = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")  # a caption may hold U+2028
+        lines = read_text(path).split("\n")  # a caption may hold U+2028
     except (OSError, UnicodeDecodeError):
         raise UserError(f"--captions {path} cannot be read: give a JSONL file in UTF-8") from None
     for n, line in enumerate(lines, 1):
@@ -182,17 +197,19 @@ def write_cache(videos, out, captions_file, base, rates, processes):
         lock_folder(out)
     names = {path: path.relative_to(videos).as_posix() for path in paths}
     captions = find_captions(videos, captions_file, names.values()) if captions_file else None
-    if captions or captions is None and any(path.with_suffix(s).is_file() for path in paths for s in (".txt", ".json")):
+    if captions or captions is None and any(path.with_suffix(s).is_file() for path in paths for s in BESIDE):
         base.prompts("a prompt")  # no text encoder? Say so now, not after hours
     settings = cache_settings(base) | {"prompts": base.prompts.settings, "lows": [low_name(rate) for rate in rates]}
     mine = paths[processes.rank :: processes.world_size]
-    n_skipped = processes.running_sum()
+    n_skipped, longer = processes.running_sum(), []
     for path in tqdm(mine, desc="caching videos", disable=processes.rank > 0):
         entry = cache_video(out, path, names[path], captions, settings, base, rates)
         if "skipped" in entry:
             tqdm.write(f"skipped: {entry['skipped']}", file=sys.stderr)
+        longer += [path] if entry.get("longer") else []
         # counted over all processes: above the limit there is no need to encode the rest
         check_skipped(n_skipped(int("skipped" in entry)), len(paths), videos)
+    warn_longer(longer)
     processes.shutdown()
     if processes.rank == 0:
         finish_cache(out, list(names.values()), settings)
@@ -220,8 +237,9 @@ def index_of(out, name):
 def cache_video(out, path, name, captions, settings, base, rates):
     """Make a video's windows and its index, unless they are there -> the index.
 
-    {"key": ..., "windows": [(file name, bytes, frames, height, width)]} or {"key": ..., "skipped": why}. Raises
-    UserError if the index is damaged, OSError if the disk does not take the files.
+    {"key": ..., "windows": [(file name, bytes, frames, height, width)], "longer": does its storyboard go on after its
+    end?} or {"key": ..., "skipped": why}. Raises UserError if the index is damaged, OSError if the disk does not take
+    the files.
     """
     index, advice = index_of(out, name), "delete it, then run data.py cache again"
     made = parse_json(index.read_bytes(), index, advice) if index.is_file() else {}
@@ -236,12 +254,12 @@ def cache_video(out, path, name, captions, settings, base, rates):
     if made.get("key") == key and complete:
         return made
     try:
-        windows = write_windows(out / "windows", path, board, key, base, rates)
+        windows, seconds = write_windows(out / "windows", path, board, key, base, rates)
     except Exception as e:
         return write_index(index, dict(key=key, skipped=why_unusable(path, e)))
     if not board:
         warn(f"no caption for {path}: trained without a prompt")
-    return write_index(index, dict(key=key, windows=windows))
+    return write_index(index, dict(key=key, windows=windows, longer=bool(board) and board[-1][0] >= seconds))
 
 
 def write_index(path, entry):
@@ -252,7 +270,7 @@ def write_index(path, entry):
 
 
 def write_windows(folder, path, board, key, base, rates):
-    """Encode a video window by window -> [(file name, bytes, frames, height, width)].
+    """Encode a video window by window -> ([(file name, bytes, frames, height, width)], seconds of video in them).
 
     A window's file has latents (C, F, h, w) bfloat16, `low` of each rate, text.K (L, text_dim) for each of its prompts,
     and the latents at which these start.
@@ -279,9 +297,7 @@ def write_windows(folder, path, board, key, base, rates):
         with atomic_write(file, replace=True) as part:
             save_file(tensors, part, {"starts": json.dumps([first for first, _ in prompts])})
         written.append((file.name, file.stat().st_size, *tensors["latents"].shape[1:]))
-    if board and board[-1][0] >= end:
-        warn_past_end(path, board[-1][0], end)
-    return written
+    return written, end
 
 
 def video_windows(path, base):

@@ -26,6 +26,14 @@ def file_hash(path):
     return digest.hexdigest()
 
 
+def read_text(path, newline=None):
+    """The text of a user's file in UTF-8. Raises OSError, UnicodeDecodeError."""
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe would wait for ever
+        raise OSError(0, "it is no file")
+    with open(path, encoding="utf-8-sig", newline=newline) as f:
+        return f.read()
+
+
 def shipped(path):
     """The path of a file that comes with the project, found from any working directory."""
     beside = Path(__file__).resolve().parent.parent / path
@@ -221,6 +229,8 @@ def locked(path, what):
     """
     check_writable(path)
     path = os.path.abspath(path)
+    if os.path.lexists(path) and not os.path.isfile(path):
+        raise UserError(f"{path} is no file, so it cannot be a lock: move it away")
     file = open(path, "a")
     try:
         _lock(file)

@@ -105,6 +105,12 @@ def warn_past_end(path, seconds, end):
     warn(f"{path}: its storyboard goes on to {seconds:g} s, but the video ends at {end:g} s")
 
 
+def warn_longer(paths):
+    """Warn of videos that end before the last prompt of their storyboards starts."""
+    if paths:
+        warn(f"{len(paths)} storyboards go on after their videos end (as that of {paths[0]}): the rest is not used")
+
+
 def name_digest(name):
     """A large number that depends on a video's name alone."""
     return int(hashlib.sha256(os.fsencode(name)).hexdigest(), 16)

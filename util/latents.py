@@ -10,7 +10,7 @@ from tqdm import tqdm
 from util.cache import VERSION
 from util.cli import UserError, warn
 from util.files import atomic_write, check_writable, file_hash
-from util.folder import read_clip, why_unusable
+from util.folder import read_clip, warn_longer, why_unusable
 from util.storyboard import storyboard_beside
 from util.video import READING, to_pixels
 from util.weights import open_safetensors
@@ -35,14 +35,13 @@ def encode_videos(folder, paths, base, cache, rate=None, captions=storyboard_bes
             skipped.append(why_unusable(path, e))
             continue
         if prompts is None:
-            warn(f"no caption beside {path} (.txt or .json): trained without a prompt")
+            warn(f"no caption beside {path} (.txt, .srt or .json): trained without a prompt")
         board = [(round(seconds * base.fps / stride), prompt) for seconds, prompt in prompts or []]
         if board and board[-1][0] >= latents.shape[1]:
             longer.append(path)
         clip = dict(latents=latents, storyboard=board)
         encoded[path.relative_to(folder).as_posix()] = clip | dict(zip(["low"], low))
-    if longer:
-        warn(f"{len(longer)} storyboards go on after their videos end (as that of {longer[0]}): the rest is not used")
+    warn_longer(longer)
     return encoded, skipped
 
 

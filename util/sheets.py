@@ -12,6 +12,11 @@ from util.files import atomic_write
 COLUMNS = 12  # of a SectionSheet
 
 
+def sheet_path(video):
+    """The path of a video's contact sheet, of its own: p.png of p.mp4, but p.gif.png of p.gif."""
+    return video.with_suffix(".png") if video.suffix == ".mp4" else video.with_name(f"{video.name}.png")
+
+
 def contact_sheet(rows, columns=None, scale=None):
     """A picture of rows of frames on white, each with its label at the left: uint8 array (H, W, 3).
 

@@ -7,36 +7,43 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from util.cli import UserError, warn
+from util.files import read_text
 
 CLOCK = r"(?:\d+:)?\d{1,2}:\d{2}(?:[.,]\d+)?"  # 00:04, 1:02:03.5
 NUMBER = r"\d+(?:\.\d*)?"
-SECONDS = rf"{NUMBER}\s*(?:s|secs?|seconds?)(?!\w)"  # 4s, 4.5 sec
+SECONDS = rf"(?:\d+\s*m(?:in)?\s*)?{NUMBER}\s*(?:s|secs?|seconds?)(?!\w)"  # 4s, 4.5 sec, 1m5s
 TIME = rf"(?:{CLOCK}|{SECONDS}|{NUMBER})"
 TO = r"\s*(?:-|–|—|to)\s*"
-SPAN = rf"{TIME}(?:{TO}{TIME})?"  # 0s-3s, 0-3s, 00:04 - 00:08
+SPAN = rf"(?:t\s*=\s*)?{TIME}(?:{TO}{TIME})?"  # 0s-3s, 0-3s, 00:04 - 00:08, t=4
 UNITS = rf"(?:{TIME}{TO})?{SECONDS}"  # a span that names its unit
-# a prompt after its time: 4s: he sits, 4s he sits, 4 - he sits, [0-4s] he sits, 00:04 he sits
+DECADE = r"(?:(?:1\d|20)\d|[2-9])0s(?!\w)"  # 50s, 1950s, 2010s
+# a prompt after its time: 4s: he sits, 4s he sits, 4s, he sits, 4 - he sits, [0-4s] he sits, 00:04 he sits
 STAMPED = re.compile(
-    rf"(?P<open>[\[(])?\s*(?P<span>{SPAN})\s*(?P<close>[\])])?"
-    r"(?:\s*(?P<mark>:|[-–—](?=\s))(?P<gap>\s*)|(?<=[\])])|\s+)(?P<text>.*)",
+    rf"(?P<open>[\[(<])?\s*(?P<span>{SPAN})\s*(?P<close>[\])>])?"
+    r"(?:\s*(?P<mark>:|[,.](?=\s)|[-–—=→]+>?(?=\s))(?P<gap>\s*)|(?<=[\])>])|\s+)(?P<text>.*)",
     re.DOTALL | re.IGNORECASE,
 )
+BOLD = re.compile(rf"\*\*\s*({UNITS}|{CLOCK})\s*(:?)\s*\*\*", re.IGNORECASE)  # Markdown's **4s**: and **4s:**
 BRACKETED = re.compile(rf"\[\s*(?P<span>{UNITS}|{CLOCK}(?=:\s))\s*:(?P<text>[^\]]*)\]", re.IGNORECASE)  # [4s: he sits]
 SUBTITLE = re.compile(  # SRT and WebVTT, also without their line breaks
-    rf"(?:^\d+[ \t]*\n[ \t]*|(?<!\S)\d+[ \t]+)?(?P<span>{CLOCK})[ \t]*-->[ \t]*{CLOCK}(?:[ \t]+[a-z]+:\S+)*",
+    rf"(?:^\d+[ \t]*\n[ \t]*|(?<!\S)\d+[ \t]+)?(?<!\d)(?P<span>{CLOCK})[ \t]*-->[ \t]*{CLOCK}(?:[ \t]+[a-z]+:\S+)*",
     re.MULTILINE,
 )
-# between prompts: a slash, or a comma before a time and a colon; or a space, if times stand in brackets
+# between prompts: a slash, or a comma or the end of a sentence before a time and a colon; or a space, if times stand in
+# brackets
 SEPARATOR = re.compile(
-    rf"(?:^|\s)/+(?=\s|$)|(?<!\d)\s*/+\s*(?={SPAN}\s*:\s|{UNITS})|[,;|]\s+(?={SPAN}\s*:\s|{UNITS}\s*:)", re.IGNORECASE
+    rf"(?:^|\s)/+(?=\s|$)|(?<![\d/])\s*/+\s*(?={SPAN}\s*:\s|{UNITS})|[,;|]\s+(?={SPAN}\s*:\s)"
+    rf"|(?<!\d)[,;|]\s*(?={UNITS}\s*:)|(?<=[.!?])\s+(?={UNITS}\s*:)",
+    re.IGNORECASE,
 )
-IN_BRACKETS = re.compile(rf"(?:^|\s+)(?=[\[(]\s*(?:{UNITS}|{CLOCK})\s*[\])])", re.IGNORECASE)
+IN_BRACKETS = re.compile(rf"(?:^|\s+)(?=[\[(<]\s*(?:{UNITS}|{CLOCK})\s*[\])>])", re.IGNORECASE)
+BESIDE = (".json", ".txt", ".srt")  # endings of storyboards beside a video, the first wins
 LONGEST = 10**7  # seconds, four months
 ADVICE = '"0s: he walks / 4s: he sits"'
 JSON_ADVICE = '[[0, "he walks"], [4, "he sits"]]'
 # what a person may have meant as a time, though no notation above has it
 UNIT_STAMP = re.compile(
-    r"(?<![\w:.])[-+]?\d[\d.,:]*\s*(?:s|secs?|seconds?|m|mins?|minutes?|ms)\s*[:\])]", re.IGNORECASE
+    rf"(?<![\w:.,])(?!{DECADE})[-+]?\d[\d.,:]*\s*(?:s|secs?|seconds?|m|mins?|minutes?|ms)\s*[:\])]", re.IGNORECASE
 )
 CLOCK_STAMP = re.compile(r"(?<![\d:])\d{1,2}:\d{2}(?!\d)")
 BRACKET_STAMP = re.compile(rf"\[\s*{UNITS}\s*\]", re.IGNORECASE)
@@ -48,23 +55,23 @@ def parse_storyboard(text_or_path):
     a plain prompt         which holds from 0 s on
     prompts with times     0s: a man walks / 4.5s: he sits    (separated by slashes, commas, or on lines of their own)
                            4.5s he sits, 4.5s - he sits, [4.5s] he sits, [3-6s] he sits, 00:04 he sits, 0: he sits;
+                           1m5s: he sits, t=4 he sits, <4s> he sits, **4s**: he sits;
                            a man walks [4.5s: he sits]; SRT; the list of a .json
     the path of a .txt     with one of these; lines that begin with # are comments. Or of an .srt
     the path of a .json    with a list of [seconds, prompt] or {"start": seconds, "text": prompt}
 
-    A prompt holds until the next one begins, so ends, as in 0s-3s, are ignored.
+    A prompt holds until the next one begins, so ends, as in 0s-3s, are ignored. Times are times where the text begins
+    with one, and where more follow in rising order, or the first is 0 or clear: 1950s: a diner is a plain prompt.
     Raises UserError naming the line or entry.
     """
     text = str(text_or_path).strip()
     suffix = Path(text).suffix.lower() if "\n" not in text else ""
-    if not isinstance(text_or_path, Path) and suffix not in {".txt", ".json", ".srt"}:
+    if not isinstance(text_or_path, Path) and suffix not in BESIDE:
         if text and os.path.exists(text):
             warn(f"the prompt {text} is taken as words, not as the file or folder of that name")
         return parse_text(text, "the prompt")
     try:
-        if os.path.exists(text) and not os.path.isfile(text):  # a pipe would wait for ever
-            raise OSError(0, "it is no file")
-        content = Path(text).read_text(encoding="utf-8-sig")
+        content = read_text(text)
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise UserError(
             f"storyboard {text} cannot be read ({getattr(error, 'strerror', None) or 'not UTF-8 text'}): "
@@ -84,6 +91,7 @@ def parse_text(text, where):
         return collect(read_subtitles(text))
     if BRACKETED.search(text):
         return collect(read_bracketed(text, where))
+    text = BOLD.sub(r"[\1]\2", re.sub(r"[^\S\n]+", " ", text))
     entries = [
         (f"{where}, line {i + 1}", part.strip())
         for i, line in enumerate(text.splitlines())
@@ -93,17 +101,22 @@ def parse_text(text, where):
     ]
     stamps = [read_stamp(part) for _, part in entries]
     timed = [stamp for stamp in stamps if stamp]
-    sure = any(stamp.sure for stamp in timed)
-    if sure and None in stamps:
+    clear = any(stamp.clear for stamp in timed)
+    if clear and None in stamps:
         place, part = entries[stamps.index(None)]
         raise UserError(f'{place}: "{part[:40]}" has no time before it; write {ADVICE}')
-    # "10:30 in the morning" is a plain prompt, as is "5s exposure"; from zero on, or in a row, they are times
-    lone = not sure and len(timed) == 1 and re.search(rf"(?<![\w:.])(?:{SECONDS}|{CLOCK})", timed[0].prompt)
-    if timed and None not in stamps and not lone and (sure or timed[0].zero or len(timed) > 1 and not timed[0].bare):
+    if all(stamp.decade for stamp in timed):
+        timed = []
+    # a time that stands alone may be anything, as in "10:30 in the morning", unless it is 0 or written clearly
+    zero = bool(timed) and timed[0].seconds == 0
+    later = f"{SECONDS}\\s*:" if clear else f"(?:{SECONDS}|{CLOCK})"
+    again = (clear or zero and len(timed) == 1) and any(re.search(rf"(?<![\w:.]){later}", s.prompt) for s in timed)
+    rising = len(timed) > 1 and all(a.seconds < b.seconds for a, b in zip(timed, timed[1:])) and not timed[0].bare
+    if timed and None not in stamps and not again and (clear or zero or rising):
         return collect([(place, stamp.seconds, stamp.prompt) for (place, _), stamp in zip(entries, stamps)])
     meant = [place for place, part in entries if UNIT_STAMP.match(part)]
     many = len(UNIT_STAMP.findall(text)) + len(CLOCK_STAMP.findall(text))
-    if meant or many > 1 or len(timed) > 1 or lone and timed[0].zero or BRACKET_STAMP.search(text):
+    if meant or many > 1 or len(timed) > 1 or again or BRACKET_STAMP.search(text):
         place = (meant or [where])[0]
         raise UserError(f'{place}: "{text[:40]}" seems to hold times; write {ADVICE}')
     prompt = " ".join(text.split())
@@ -112,13 +125,13 @@ def parse_text(text, where):
 
 @dataclass
 class Stamp:
-    """A prompt after its time, and how sure it is that this is a time."""
+    """A prompt after its time, and whether this can be anything else."""
 
     seconds: float
     prompt: str
-    sure: bool  # a colon or brackets say so
+    clear: bool  # it is a time: brackets, t=, or a unit before a colon or a dash say so
     bare: bool  # a number without a unit, which may be anything
-    zero: bool  # where a storyboard would start
+    decade: bool  # as in "80s synth"
 
 
 def read_stamp(part):
@@ -126,13 +139,13 @@ def read_stamp(part):
     match = STAMPED.fullmatch(part)
     if match is None or bool(match["open"]) != bool(match["close"]):
         return None
-    span, colon = match["span"].lower(), match["mark"] in (":", "=")
-    bare = ":" not in span and "s" not in span
-    if bare and not match["open"] and not (match["mark"] and match["gap"]):
+    span, mark, decade = match["span"].lower(), match["mark"] or ",", re.fullmatch(DECADE, match["span"].lower())
+    bare, marked = not re.search("[:s=]", span), mark not in ",."
+    if bare and not match["open"] and not (marked and match["gap"]):
         return None
-    sure = not bare and (match["open"] == "[" or colon and ":" not in span)
-    seconds = start_seconds(span)
-    return Stamp(seconds, match["text"], sure, bare, seconds == 0 or ":" in span and span.startswith("0"))
+    clear = match["open"] in ("[", "<") or "=" in span or marked and ":" not in span and not decade
+    weak = bool(decade) and not match["open"] and (mark != ":" or len(span) > 3)
+    return Stamp(start_seconds(span), match["text"], clear and not bare, bare, weak)
 
 
 def read_bracketed(text, where):
@@ -157,7 +170,7 @@ def read_subtitles(text):
 
 def start_seconds(span):
     """Seconds at which a SPAN begins."""
-    start = re.match(f"{CLOCK}|{NUMBER}", span)[0].replace(",", ".")
+    start = re.search(r"[\d:]+(?:[.,]\d*)?", re.sub(r"\s*m(?:in)?\s*", ":", span))[0].replace(",", ".")
     return sum(float(part) * 60**k for k, part in enumerate(reversed(start.split(":"))))
 
 
@@ -213,8 +226,6 @@ def prompt_at(storyboard, seconds):
 
 
 def storyboard_beside(path):
-    """The storyboard of the same name beside a video, a .json or else a .txt; None if there is neither."""
-    for beside in (Path(path).with_suffix(".json"), Path(path).with_suffix(".txt")):
-        if beside.is_file():
-            return parse_storyboard(beside)
-    return None
+    """The storyboard of the same name beside a video, the first there is of BESIDE; None if there is none."""
+    found = [file for suffix in BESIDE if (file := Path(path).with_suffix(suffix)).is_file()]
+    return parse_storyboard(found[0]) if found else None
