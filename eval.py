@@ -12,7 +12,6 @@ python eval.py judge --videos a.mp4 --endpoint URL --model NAME     ask a vision
 python eval.py elo votes.csv                   ratings from votes between pairs
 """
 
-import util  # noqa: F401, I001 (first: see there)
 from pathlib import Path
 
 import torch

@@ -8,7 +8,6 @@ The loss of stage 1 with another target (paper, section 3.2, equation 2):
     python finetune.py --method none --init random         train the base (a DiT without memory) into runs/base
 """
 
-import util  # noqa: F401, I001 (first: see there)
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path

@@ -8,7 +8,6 @@ The DiT must denoise randomly chosen frames of a 20 s history given φ(H) (paper
     torchrun --nproc_per_node=8 pretrain.py       the same global batch on eight GPUs
 """
 
-import util  # noqa: F401, I001 (first: see there)
 import hashlib
 import math
 from concurrent.futures import ThreadPoolExecutor

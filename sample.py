@@ -7,7 +7,6 @@ Without --prompt, the storyboard beside the clip is used (clip.json, .txt or .sr
 Writes the history with its continuation to --save_file, and a contact sheet beside it.
 """
 
-import util  # noqa: F401, I001 (first: see there)
 import math
 import time
 from contextlib import contextmanager

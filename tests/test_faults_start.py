@@ -62,19 +62,6 @@ def test_printing_what_no_terminal_has(capfdbinary, monkeypatch):
     print("φ")
 
 
-@pytest.mark.skipif(os.name == "nt", reason="sends signals")
-@pytest.mark.parametrize("script", ["sample", "data", "pretrain", "finetune", "eval"])
-def test_ctrl_c_while_torch_is_imported(script, tmp_path):
-    """Here a torch.py that is the signal."""
-    (tmp_path / "torch.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT); import time")
-    done = subprocess.run(
-        [sys.executable, ROOT / f"{script}.py"],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"stopped by Ctrl-C\n")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 8. Refused at the start
 

@@ -19,8 +19,6 @@ from dataclasses import fields, is_dataclass
 import torch
 from tqdm import tqdm
 
-import util
-
 
 class UserError(ValueError):
     """A user's mistake: shown as one line (what was given, what is expected, what to do), exit code 2."""
@@ -210,8 +208,6 @@ def exit_code(main, worker):
     try:
         # SIGTERM becomes an exception so that half-written files are removed; training has its own handler
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        if signal.getsignal(signal.SIGINT) is util.stop:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
         with AT_END:
             main()
     except (UserError, Failure, OSError) as e:  # OSError: a full disk, a folder that is gone
