@@ -4,7 +4,6 @@ python data.py story                          a held-out story as a video, to tr
 python data.py cache --videos DIR --out DIR   encode a folder of videos once (util/cache.py)
 """
 
-import util  # noqa: F401, I001 (first: see there)
 import functools
 import json
 from dataclasses import dataclass

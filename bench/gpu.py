@@ -1,6 +1,6 @@
 """One command that checks this project on a GPU and writes the tables of docs/gpu.md. For one card of 80 GB:
 
-    python -m bench.gpu --minutes 10 --out gpu
+    python -m bench.gpu --minutes 9 --out gpu
     python -m bench.gpu --device cpu --tiny --out gpu      the same path with tiny models, on a CPU, in about a minute
 
 What is checked is a list of parts, the most telling first. A part that fails is reported with its reason, one that no
@@ -44,8 +44,8 @@ class Part:
 PARTS = [
     Part("kernels", "Kernels, dtypes, optimizer", gpu_parts.kernels, 0.3),
     Part("compile", "Compiled blocks while the history grows", gpu_parts.recompilations, 0.8),
-    Part("nano", "nano: both stages, 200 steps each", gpu_parts.nano, 2.5),
-    Part("wan-steps", "Wan 1.3B: training steps, 480x832, 20 s of history", gpu_wan.steps, 2.0),
+    Part("nano", "nano: both stages, 200 steps each", gpu_parts.nano, 2.1),
+    Part("wan-steps", "Wan 1.3B: training steps, 480x832, 20 s of history", gpu_wan.steps, 1.9),
     Part("wan-sections", "Wan 1.3B: sections one after another", gpu_wan.sections, 0.7),
     Part("diffusers", "Our DiT beside diffusers' WanTransformer3DModel", gpu_wan.beside_diffusers, 1.2),
     Part("wan-12gb", "Wan 1.3B: sampling on a card of 12 GB", gpu_wan.within_12_gb, 0.4),
@@ -57,7 +57,7 @@ PARTS = [
 
 @dataclass
 class GPUConfig:
-    minutes: float = 10.0  # time for all parts
+    minutes: float = 9.0  # time for all parts
     out: str = "gpu"  # folder for the report
     device: str = "auto"  # auto, cpu, cuda
     tiny: bool = False  # tiny models, to try this command out

@@ -28,7 +28,7 @@ def test_large_patchifier_begins_as_the_patchify_of_averaged_latents(rate):
     assert expected.std() > 0.01 and (model.encoder.encode(x, x)[0] - expected).abs().max() < 3e-5
     flat = torch.ones_like(x) * randn(1, 16, 1, 1, 1)
     tokens = model.encoder.encode(flat, flat)[0]
-    assert (tokens - model.dit.patch_embedding(flat)[:, :1]).abs().max() < 1e-5
+    assert (tokens - model.dit.patch_embedding(flat)[:, :1]).abs().max() < 3e-5
 
 
 # ---------------------------------------------------------------------------------------------------------------------

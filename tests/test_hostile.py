@@ -106,9 +106,9 @@ def test_a_folder_of_broken_videos(tmp_path, capsys):
 
 def test_a_damaged_cache_is_named(cache):
     shutil.copytree(cache, "cache")
-    path = min(Path("cache").glob("world-train-8-*"))  # of latents, or of `low`
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(UserError, match=f"{path.name} is damaged: delete it"):
+    for path in Path("cache").glob("world-train-8-*"):  # of latents, and of `low` at several rates
+        path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="world-train-8-.* is damaged: delete it"):
         story_clips("train", 8, tiny_base(), "cache", (2, 4, 4))
 
 
