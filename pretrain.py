@@ -53,7 +53,7 @@ class Config:
     clip_grad: float = 1.0  # clip the gradient to this norm
     ema: float = 0.995  # decay of the weight average that is saved and sampled from
     seed: int = 0  # of weights, data order and noise
-    clips: int = 3072  # stories of the paper-doll world to train on
+    clips: int = 2048  # stories of the paper-doll world to train on
     held_out: int = 16  # at most this many validation clips (of a folder of videos: one in ten)
     sample_steps: int = 10  # sampler steps in validation
     sample_shift: float = 3.0  # timestep shift of that sampler
