@@ -146,8 +146,8 @@ class MemoryEncoder(nn.Module):
         return self.rate if self.reads_low else None
 
     @torch.no_grad()
-    def start_from(self, dit, averages):
-        """Initialise from the base DiT. averages: see Codec."""
+    def start_from(self, dit):
+        """Initialise from the base DiT."""
         self.patch_embedding.load_state_dict(dit.patch_embedding.state_dict())
 
     def forward(self, high, low):
@@ -230,13 +230,10 @@ class Proposed(MemoryEncoder):
         self.lr_embedding = PatchEmbedding(base.dit.in_dim, base.dit.dim, self.patch)
 
     @torch.no_grad()
-    def start_from(self, dit, averages):
-        """LR begins with the base's weights for the channels that mean the same at every scale, and with zeros for the
-        others: the base would misread a small picture's detail as detail of its own scale."""
-        super().start_from(dit, averages)
-        nn.init.zeros_(self.lr_embedding.weight)
-        self.lr_embedding.weight[:, averages] = dit.patch_embedding.weight[:, averages]
-        self.lr_embedding.bias.copy_(dit.patch_embedding.bias)
+    def start_from(self, dit):
+        """LR begins as the base's patch embedding, which reads the smaller video as any other."""
+        super().start_from(dit)
+        self.lr_embedding.load_state_dict(dit.patch_embedding.state_dict())
 
     def forward(self, high, low):
         return self.lr_embedding(pad_replicate(low, self.patch)) + self.hr(pad_replicate(high, self.block))

@@ -294,7 +294,7 @@ def make_model(config, base, device):
     if config.init != "random":
         base.load_dit(model.dit, shipped(config.init), device, frozen=bool(config.lora))
     model.to(device)  # φ too, before it takes weights over from the DiT
-    model.encoder.start_from(model.dit, base.codec.averages)
+    model.encoder.start_from(model.dit)
     if config.lora:
         base.add_lora(model.dit, config.lora)
     model.dit.recompute = base.recompute

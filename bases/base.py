@@ -100,7 +100,6 @@ class Codec:
     stride: tuple  # pixels per latent: frames, rows, columns
     causal = False  # its first latent is one frame, encoded alone
     lookback = 0  # how many latents before a piece its decoder must have seen
-    averages = slice(None)  # latent channels that mean the same at every scale: the LR branch begins with these
     decodes = True  # False where its weights are not at hand
     large = False  # True: the DiT has to make room while it decodes
     settings: list  # what a cache of latents depends on; None for weights that are not at hand

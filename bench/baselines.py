@@ -25,8 +25,8 @@ class LargePatchifier(MemoryEncoder):
         self.large_patch = PatchEmbedding(base.dit.in_dim, base.dit.dim, self.block)
 
     @torch.no_grad()
-    def start_from(self, dit, averages):
-        super().start_from(dit, averages)
+    def start_from(self, dit):
+        super().start_from(dit)
         t, h, w = self.rate
         kernel = repeat(dit.patch_embedding.weight, "d c f i j -> d c (f t) (i h) (j w)", t=t, h=h, w=w)
         self.large_patch.weight.copy_(kernel / math.prod(self.rate))
@@ -130,7 +130,7 @@ class NoMemory(SlidingWindow):
             super().__init__(base, rate, window)
         self.patch_embedding = None
 
-    def start_from(self, dit, averages):
+    def start_from(self, dit):
         pass
 
     def choose(self, n_frames, most=None):

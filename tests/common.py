@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -50,8 +49,7 @@ class DCTCodec(Codec):
     variance 1: full whitening would give the finest detail too much weight.
     """
 
-    channels, stride = 16, (1, 4, 4)
-    averages = (0, 10, 13)  # latent channels that are means over the pixels of a block
+    channels, stride, settings = 16, (1, 4, 4), ["dct"]
     # standard deviation of each coefficient over frames of the paper-doll world and of real clips
     deviations = (2.6, 0.6, 0.3, 0.18, 0.59, 0.28, 0.17, 0.3, 0.17, 0.18, 1.18, 0.27, 0.26, 0.73, 0.16, 0.16)
 
@@ -67,11 +65,6 @@ class DCTCodec(Codec):
         deviations = torch.tensor(self.deviations)
         self.scale = deviations.sqrt() * deviations.mean().sqrt()  # variance of latent k: deviation_k / mean
 
-    @property
-    def settings(self):
-        rounded = [round(x, 5) for x in (self.basis * self.scale[:, None]).flatten().tolist()]
-        return ["dct", hashlib.sha256(repr(rounded).encode()).hexdigest()]
-
     def encode(self, pixels):
         """(B, 3, F, H, W) in [-1, 1], H and W multiples of 4 -> (B, 16, F, H/4, W/4)."""
         blocks = rearrange(pixels, "b c f (h y) (w x) -> b f h w (c y x)", y=4, x=4)
@@ -83,15 +76,6 @@ class DCTCodec(Codec):
         matrix = (self.basis * self.scale[:, None]).T.to(latents)
         blocks = F.linear(rearrange(latents, "b c f h w -> b f h w c"), matrix)
         return rearrange(blocks, "b f h w (c y x) -> b c f (h y) (w x)", c=3, y=4, x=4)
-
-    def low_encoder(self, rate):
-        """See Codec; here means over time too."""
-        t, *space = rate
-        return lambda pixels: F.avg_pool3d(self.encode(self.shrink(pixels, space)), (t, 1, 1))
-
-    def cut_low(self, low, first, last, t):
-        """See Codec; the codec is linear, so latents may be averaged instead of pixels."""
-        return F.avg_pool3d(low[:, :, first:last], (t, 1, 1))
 
 
 class TinyPresets:

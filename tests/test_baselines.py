@@ -23,7 +23,7 @@ def make_encoder(method, rate="4x4x2", preset="tiny"):
 def test_large_patchifier_begins_as_the_patchify_of_averaged_latents(rate):
     model, x = MemoryDiT(tiny_base(), "large-patchifier", rate), randn(2, 16, 8, 16, 32)
     randomize(model.dit)
-    model.encoder.start_from(model.dit, slice(None))
+    model.encoder.start_from(model.dit)
     expected = model.dit.patch_embedding(F.avg_pool3d(x, model.encoder.rate))
     assert expected.std() > 0.01 and (model.encoder.encode(x, x)[0] - expected).abs().max() < 3e-5
     flat = torch.ones_like(x) * randn(1, 16, 1, 1, 1)
