@@ -22,7 +22,7 @@ from encoder import MemoryDiT, find_method, parse_rate
 from eval import validate
 from model import add_noise, noise_levels
 from util.checkpoint import resume, save
-from util.cli import UserError, parse_flags, run_main
+from util.cli import UserError, check_numbers, parse_flags, run_main
 from util.device import autocast
 from util.distributed import compile_blocks, start_processes
 from util.files import shipped
@@ -250,17 +250,12 @@ def check(config):
     t, h, w = parse_rate(config.rate, base)
     config.rate = f"{h}x{w}x{t}"  # as checkpoints and tables name it
     find_method(config.method)
-    for key in "steps batch micro_batch save_every held_out sample_steps clips window queries".split():
-        if getattr(config, key, 1) < 1:
-            raise UserError(f"--{key} {getattr(config, key)}: must be at least 1")
+    check_numbers(config, "steps batch micro_batch save_every held_out sample_steps clips window queries", 1)
     if getattr(config, "queries", 1) > base.history:
         raise UserError(f"--queries {config.queries}: a history has {base.history} frames to choose from; give fewer")
-    for key in ("lr", "encoder_lr", "clip_grad", "t_std", "sample_shift"):
-        if not 0 < getattr(config, key) < math.inf:
-            raise UserError(f"--{key} {getattr(config, key)}: must be above 0")
-    for key, most in dict(lora=math.inf, warmup=math.inf, text_drop=1, ema=1).items():
-        if not 0 <= getattr(config, key) <= most:
-            raise UserError(f"--{key} {getattr(config, key)}: must be at least 0" + " and at most 1" * (most == 1))
+    check_numbers(config, "lr encoder_lr clip_grad t_std sample_shift", 0, above=True)
+    check_numbers(config, "lora warmup", 0)
+    check_numbers(config, "text_drop ema", 0, 1)
     if not math.isfinite(config.t_mean):
         raise UserError(f"--t_mean {config.t_mean}: give a number")
     if config.optimizer not in ("muon", "adamw"):

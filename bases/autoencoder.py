@@ -64,6 +64,7 @@ class Autoencoder(nn.Module):
         )
 
     def encode(self, pixels):
+        """(B, 3, H, W), H and W multiples of 8 -> (B, 16, H/8, W/8), float32."""
         z = self.encoder(pixels).float()
         if self.training:  # by the batch, as batch norm does
             mean, variance = z.mean((0, 2, 3)), z.var((0, 2, 3))
@@ -74,7 +75,12 @@ class Autoencoder(nn.Module):
         return (z - mean[:, None, None]) * (variance[:, None, None] + 1e-5).rsqrt()
 
     def decode(self, latents):
+        """(B, 16, h, w) -> (B, 3, 8h, 8w), not clamped."""
         return self.decoder(latents)
+
+    def saved_names(self):
+        """The tensors of a checkpoint."""
+        return list(self.state_dict())
 
     def forward(self, pixels, noise):
         """Reconstruct pixels from latents with some noise (B, 16, H/8, W/8) on them."""
@@ -87,26 +93,23 @@ class LearnedCodec(Codec):
     channels, stride = Autoencoder.channels, (1, Autoencoder.stride, Autoencoder.stride)
 
     def __init__(self, path="", device="cpu"):
-        self.path = shipped(path or WEIGHTS)
+        path = shipped(path or WEIGHTS)
         self.device, self.net = torch.device(device), Autoencoder()
-        load_weights(self.net, [self.path], dtype=lambda name, tensor: torch.float32)
+        load_weights(self.net, [path], dtype=lambda name, tensor: torch.float32)
         self.net.eval().requires_grad_(False).to(device)
-
-    @property
-    def settings(self):
-        return ["autoencoder", file_hash(self.path)]
+        self.settings = ["autoencoder", file_hash(path)]
 
     def encode(self, pixels):
-        return self.map_frames(self.net.encode, pixels, self.stride[1] * self.stride[2])
+        return self.map_frames(self.net.encode, pixels, pixels[0, 0, 0].numel())
 
     def decode(self, latents):
-        return self.map_frames(self.net.decode, latents, 1)
+        return self.map_frames(self.net.decode, latents, latents[0, 0, 0].numel() * self.stride[1] * self.stride[2])
 
     @torch.no_grad()
-    def map_frames(self, net, video, stride):
-        """A network for pictures on a video (B, C, F, H, W), some frames at a time. stride: pixels per pixel."""
+    def map_frames(self, net, video, pixels):
+        """A network for pictures on a video (B, C, F, H, W), some frames at a time. pixels: in a frame."""
         frames = rearrange(video, "b c f h w -> (b f) c h w")
-        n = max(1, PIECE * stride // (64 * frames[0, 0].numel()))
+        n = max(1, PIECE // pixels)
         with autocast(self.device):
             pictures = [net(piece.to(self.device)).float() for piece in frames.split(n)]
         return rearrange(torch.cat(pictures), "(b f) c h w -> b c f h w", b=len(video)).to(video.device)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from bases.autoencoder import Autoencoder
@@ -20,10 +21,10 @@ from bases.nano import PRESETS
 from dolls.drawing import render
 from dolls.stories import make_story, world_seed
 from util.checkpoint import resume, save
-from util.cli import UserError, parse_flags, run_main
+from util.cli import UserError, check_numbers, parse_flags, run_main
 from util.device import autocast
 from util.distributed import start_processes
-from util.folder import find_videos, read_clip, split_videos
+from util.folder import find_videos, read_clip, report_skipped, split_videos, why_unusable
 from util.optim import EMA, make_optimizers, set_learning_rate
 from util.run import Run, claim_folder
 from util.sheets import save_contact_sheet
@@ -73,8 +74,14 @@ def video_frames(config):
     if unknown := set(held) - set(paths):
         raise UserError(f"--held {sorted(unknown)[0]}: --videos {config.videos} has no such file")
     train, held_out = ([n for n in paths if n not in held], held) if held else split_videos(paths)
-    read = lambda names: [read_clip(paths[n], base)[::4] for n in tqdm(names, desc="reading videos")]
-    return read(train), read(held_out)
+    clips, skipped = {}, []
+    for name, path in tqdm(paths.items(), desc="reading videos"):
+        try:
+            clips[name] = read_clip(path, base)[::4]
+        except Exception as e:
+            skipped.append(why_unusable(path, e))
+    report_skipped(skipped, len(paths), config.videos)
+    return tuple([clips[name] for name in names if name in clips] for names in (train, held_out))
 
 
 def crop(clip, rng):
@@ -90,13 +97,14 @@ def draw(config, stories, clips, step):
     Videos, where there are any, give an eighth of every second batch: with half of it, stories lost 2 dB. Every
     sixteenth batch is made smaller by 2 or 4, as the LR branch sees videos.
     """
-    rng, g = np.random.default_rng((config.seed, step)), torch.Generator().manual_seed(config.seed * 2**32 + step)
+    rng = np.random.default_rng((config.seed, step))
+    g = torch.Generator().manual_seed(int(rng.integers(2**63)))  # of any --seed
     n_crops = -(-config.batch // 8) if clips and step % 2 else 0
     pictures = [stories[i] for i in rng.integers(len(stories), size=config.batch - n_crops)]
     pictures += [crop(clips[rng.integers(len(clips))], rng) for _ in range(n_crops)]
     pixels = to_pixels(np.stack(pictures)).transpose(0, 1)  # (B, 3, H, W)
     if step % 16 == 14:
-        pixels = torch.nn.functional.avg_pool2d(pixels, 2 if step % 32 == 14 else 4)
+        pixels = F.avg_pool2d(pixels, 2 if step % 32 == 14 else 4)
     size = SIDE // Autoencoder.stride * pixels.shape[-1] // SIDE
     level = config.noise * torch.rand(config.batch, 1, 1, 1, generator=g) ** 2
     return pixels, level * torch.randn(config.batch, Autoencoder.channels, size, size, generator=g)
@@ -126,19 +134,19 @@ def validate(net, held_out, device):
 
 def setup(config):
     """(processes, frames of stories, [frames of each clip], {name: held-out frames})."""
-    for key in ("stories", "steps", "batch", "save_every"):
-        if getattr(config, key) < 1:
-            raise UserError(f"--{key} {getattr(config, key)}: must be at least 1")
+    check_numbers(config, "stories steps batch save_every", 1)
+    check_numbers(config, "lr", 0, above=True)
+    check_numbers(config, "noise warmup", 0)
+    check_numbers(config, "ema", 0, 1)
     processes = start_processes(config.device)
     if processes.world_size > 1:
         raise UserError("the codec is trained by one process: start it with python")
     claim_folder(config.out, config.resume, processes)
     clips, held_clips = video_frames(config)
     held_out = {"stories": story_frames("held-out", HELD_OUT)[::4]}
-    if held_clips:  # pictures of one size at a time: those of most
-        frames = [frame for clip in held_clips for frame in clip[:: len(clip) // 8 + 1]]
-        size = max((f.shape for f in frames), key=[f.shape for f in frames].count)
-        held_out["videos"] = np.stack([f for f in frames if f.shape == size])
+    for h, w in sorted({clip.shape[1:3] for clip in held_clips}):
+        chosen = [clip[:: len(clip) // 8 + 1] for clip in held_clips if clip.shape[1:3] == (h, w)]
+        held_out[f"videos_{h}x{w}"] = np.concatenate(chosen)
     return processes, story_frames("train", config.stories), clips, held_out
 
 
@@ -148,11 +156,10 @@ def main():
     processes, stories, clips, held_out = setup(config)
     device = processes.device
     torch.manual_seed(config.seed)
-    net = Autoencoder().to(device, memory_format=torch.channels_last)
+    net = Autoencoder().to(device)
     if config.init:
         load_weights(net, [config.init], dtype=lambda name, tensor: torch.float32)
         net.encoder.requires_grad_(False)
-    net.saved_names = lambda: list(net.state_dict())
     ema, optimizers = EMA(net, config.ema), make_optimizers(net, "muon", config.lr)
     first = resume(config, "codec", net, ema, optimizers) if config.resume else 0
     run = Run("codec", config.out, first, config.steps, processes)

@@ -7,7 +7,6 @@ alone, no weights, is a row too: whoever has a new method need not train all oth
 import hashlib
 import io
 import json
-import math
 import platform
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from bench.stats import interval, per_clip
 from data import story_clips
 from encoder import find_method, load_model
 from util.checkpoint import read_log
-from util.cli import UserError, parse_flags, warn
+from util.cli import UserError, check_numbers, parse_flags, warn
 from util.device import compute_dtype, pick_device
 from util.files import atomic_write, file_hash, parse_json
 from util.weights import open_safetensors, read_config, weight_files
@@ -55,13 +54,9 @@ class EvalConfig:
 def parse(cls, command, argv):
     """The config of a command, an instance of the dataclass `cls`, from its flags. Raises UserError."""
     config = parse_flags(cls, command.__doc__, argv)
-    for key in ("clips", "steps", "batch", "queries", "sections"):
-        if getattr(config, key, 1) < 1:
-            raise UserError(f"--{key} {getattr(config, key)}: must be at least 1")
-    if not 0 < config.shift < math.inf:
-        raise UserError(f"--shift {config.shift}: must be above 0")
-    if not 0 <= getattr(config, "guidance", 1) < math.inf:
-        raise UserError(f"--guidance {config.guidance}: must be at least 0")
+    check_numbers(config, "clips steps batch queries sections", 1)
+    check_numbers(config, "shift", 0, above=True)
+    check_numbers(config, "guidance", 0)
     return config
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from fractions import Fraction
@@ -172,6 +173,20 @@ def run(main, *flags):
     with pytest.MonkeyPatch.context() as m:
         m.setattr(sys, "argv", ["script", *map(str, flags)])
         run_main(main)
+
+
+def stop_in_step(number, module, train):
+    """Call train(), which gets SIGTERM in step `number` of a module's training loop: it saves, then exits with 143."""
+
+    def set_learning_rate(optimizers, step, *rest, real=module.set_learning_rate):
+        if step == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(optimizers, step, *rest)
+
+    with pytest.MonkeyPatch.context() as m, pytest.raises(SystemExit) as stop:
+        m.setattr(module, "set_learning_rate", set_learning_rate)
+        train()
+    assert stop.value.code == 143
 
 
 def script(name):

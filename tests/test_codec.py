@@ -1,8 +1,6 @@
 """The learned codec of nano and small, its shipped weights and its training."""
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +14,10 @@ from bases import open_base
 from bases.autoencoder import LearnedCodec
 from dolls.dataset import story_pixels
 from eval import psnr
-from tests.common import randn, run, write_video
+from tests.common import greys, randn, run, stop_in_step, write_video
 from util.device import compute_dtype
 from util.video import to_frames, to_pixels
+from util.video_writer import VideoWriter
 
 
 def test_the_shipped_codec_on_held_out_stories():
@@ -72,36 +71,50 @@ def test_training_resumes_exactly_and_opens(tmp_path, monkeypatch):
     write_video("videos/b.mp4", 20)
     given = "--steps", 4, "--videos", "videos", "--out"
     train(*given, "whole")
-
-    def stop_in_step_2(optimizers, step, *rest, real=training.set_learning_rate):
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        real(optimizers, step, *rest)
-
-    with monkeypatch.context() as m, pytest.raises(SystemExit) as stop:
-        m.setattr(training, "set_learning_rate", stop_in_step_2)
-        train(*given, "parts")
-    assert stop.value.code == 143
+    stop_in_step(1, training, lambda: train(*given, "parts"))
     train(*given, "parts", "--resume")
     a, b = (load_file(f"{out}/model.safetensors") for out in ("whole", "parts"))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     log = [json.loads(line) for line in Path("parts/log.jsonl").read_text().splitlines()]
-    assert len(log) == 4 and {"stories", "stories_0.2", "videos", "videos_0.2"} < log[-1].keys()
+    assert len(log) == 4 and {"stories", "stories_0.2", "videos_448x256", "videos_448x256_0.2"} < log[-1].keys()
     assert Path("parts/preview_000004.png").is_file()
     train(*given, "decoder", "--init", "whole/codec.safetensors")
     whole, decoder = (load_file(f"{out}/codec.safetensors") for out in ("whole", "decoder"))
     assert all(torch.equal(whole[k], decoder[k]) != k.startswith("decoder.") for k in whole)
     mine, shipped = LearnedCodec("parts/codec.safetensors"), LearnedCodec()
-    assert (
-        mine.settings != shipped.settings
-        and load_file("parts/codec.safetensors")["decoder.0.weight"].dtype == torch.half
-    )
+    assert mine.settings != shipped.settings and decoder["decoder.0.weight"].dtype == torch.half
     pixels = randn(1, 3, 1, 32, 32).clamp(-1, 1)
     assert mine.encode(pixels).shape == (1, 16, 1, 4, 4)
 
 
+def test_every_size_of_held_out_videos_is_measured_and_a_bad_file_skipped(monkeypatch, capsys):
+    monkeypatch.setattr(training, "HELD_OUT", 1)
+    for i in range(4):
+        write_video(f"videos/{i}.mp4", 12)
+    for name, height, width in ("wide", 36, 64), ("tall", 64, 36):
+        with VideoWriter(f"videos/{name}.mp4", 2, height, width) as writer:
+            writer.write(greys(12, height, width))
+    Path("videos/bad.mp4").write_text("no video")
+    config = training.CodecConfig(videos="videos", held="wide.mp4 tall.mp4", stories=1, out="run", device="cpu")
+    _, stories, clips, held_out = training.setup(config)
+    assert len(stories) == 13 and len(clips) == 4 and "skipped: videos/bad.mp4" in capsys.readouterr().err
+    assert {name: x.shape[1:3] for name, x in held_out.items()} == {
+        "stories": (128, 128),
+        "videos_256x448": (256, 448),
+        "videos_448x256": (448, 256),
+    }
+
+
 def test_bad_flags_are_refused(refused):
-    assert "--steps 0: must be at least 1" in refused(training.main, "--steps", 0)
+    for flag, value, why in (
+        ("steps", 0, "at least 1"),
+        ("noise", "nan", "at least 0"),
+        ("noise", -1.0, "at least 0"),
+        ("lr", 0.0, "above 0"),
+        ("warmup", -1, "at least 0"),
+        ("ema", 2.0, "at least 0 and at most 1"),
+    ):
+        assert f"--{flag} {value}: must be {why}" in refused(training.main, f"--{flag}={value}")
     write_video("videos/a.mp4", 20)
     given = "--videos", "videos", "--held", "b.mp4", "--out", "run"
     assert "--held b.mp4: --videos videos has no such file" in refused(training.main, *given)

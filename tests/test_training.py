@@ -5,8 +5,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +29,7 @@ from tests.common import (
     randn,
     run,
     smaller,
+    stop_in_step,
     tiny_base,
     tiny_encoder,
     torchrun,
@@ -264,18 +263,10 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(stage, kind, cache
     assert max((a[k] - b[k]).abs().max() for k in a) < 1e-5
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(cache, monkeypatch, capsys):
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(cache, capsys):
     run(pretrain.main, *flags(cache, out="whole", steps=6))
-
-    def stop_in_step_2(optimizers, step, *rest, real=pretrain.set_learning_rate):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        real(optimizers, step, *rest)
-
-    with monkeypatch.context() as m, pytest.raises(SystemExit) as stop:
-        m.setattr(pretrain, "set_learning_rate", stop_in_step_2)
-        run(pretrain.main, *flags(cache, out="parts", steps=6))
-    assert stop.value.code == 143 and len(losses("parts")) == 3
+    stop_in_step(2, pretrain, lambda: run(pretrain.main, *flags(cache, out="parts", steps=6)))
+    assert len(losses("parts")) == 3
     run(pretrain.main, *flags(cache, out="new", steps=6, resume=True))  # nothing there yet: from the start
     assert losses("new") == losses("whole")
     run(pretrain.main, *flags(cache, out="parts", steps=6, resume=True))

@@ -26,7 +26,7 @@ def save(config, stage, step, model, ema, optimizers, exports):
     out, names = Path(config.out), model.saved_names()
 
     def tensors():
-        return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in names}
+        return {name: tensor for name, tensor in model.state_dict().items() if name in names}
 
     metadata = {"config": json.dumps({**asdict(config), "stage": stage, "step": step})}
     with ema.swapped():

@@ -8,6 +8,7 @@ import errno
 import functools
 import importlib
 import inspect
+import math
 import os
 import re
 import signal
@@ -108,6 +109,19 @@ def parse_flags(cls, description, argv=None, aliases=None):
     if not 0 <= getattr(known, "seed", 0) < 2**63:
         raise UserError(f"--seed {known.seed}: give a whole number of at least 0, below 2^63")
     return cls(**vars(known))
+
+
+def check_numbers(config, flags, least, most=math.inf, above=False):
+    """Raise UserError unless these flags, named in one string, are from `least` (above: from more than it) to `most`.
+
+    Flags that the config lacks are left out.
+    """
+    for flag in flags.split():
+        value = getattr(config, flag, None)
+        if value is None or math.isfinite(value) and least <= value <= most and not (above and value == least):
+            continue
+        limit = f"above {least}" if above else f"at least {least}" + f" and at most {most}" * (most < math.inf)
+        raise UserError(f"--{flag} {value}: must be {limit}")
 
 
 def run_command(script, commands, description):
