@@ -94,7 +94,7 @@ def crop(clip, rng):
 def draw(config, stories, clips, step):
     """Pictures (B, 3, H, W) of a step and the noise (B, 16, H/8, W/8) for their latents.
 
-    Videos, where there are any, give an eighth of every second batch: with half of it, stories lost 2 dB. Every
+    Videos, where there are any, give an eighth of every second batch: more of them cost stories too much. Every
     sixteenth batch is made smaller by 2 or 4, as the LR branch sees videos.
     """
     rng = np.random.default_rng((config.seed, step))
