@@ -11,10 +11,8 @@ import math
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from bases import open_base
 from data import check_prompts
@@ -22,10 +20,11 @@ from encoder import Memory, MemoryDiT, load_model
 from model import sample
 from util.cli import Failure, UserError, load_object, parse_flags, run_main, warn
 from util.device import autocast, peak_memory, pick_device
-from util.files import check_output, same_path, shipped, unused
-from util.folder import copy_history, stream_clip, warn_past_end
+from util.files import shipped, unused
+from util.folder import copy_history, stream_clip
+from util.sections import n_sections, output_file, section_prompts, sections_remembered, write_sections
 from util.sheets import SectionSheet, sheet_path
-from util.storyboard import parse_storyboard, prompt_at, storyboard_beside
+from util.storyboard import parse_storyboard
 from util.video import has_sound, to_frames, to_pixels
 from util.video_writer import VideoWriter
 from util.weights import read_config, weight_files
@@ -99,56 +98,8 @@ def make_room(model, codec):
     model.to(device)
 
 
-def write_sections(writer, sheet, generated, sections):
-    """Write the generated sections -> (seconds it took to generate them, what stopped it early or None).
-    Whatever stops it, a signal, a lack of memory, numbers that are not finite, the sections so far are kept."""
-    seconds = 0.0
-    try:
-        for frames, took in tqdm(generated, total=sections, desc="sections"):
-            writer.write(frames)
-            sheet.add(frames)
-            seconds += took
-    except BaseException as stopped:  # main raises it again, once the sections so far are safe
-        if not sheet.kept:
-            raise
-        return seconds, stopped
-    return seconds, None
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # History, prompts, model
-
-
-def sections_remembered(config, base):
-    """How many sections of history --memory_seconds keeps, or None for all."""
-    section_seconds = base.section * base.codec.stride[0] / base.fps
-    return math.ceil(config.memory_seconds / section_seconds) if config.memory_seconds else None
-
-
-def section_prompts(config, base, clip_seconds):
-    """(storyboard with 0 s at the end of the clip, the prompt of each section to generate)."""
-    section_seconds = base.section * base.codec.stride[0] / base.fps
-    starts = [k * section_seconds for k in range(n_sections(config, base))]
-    if config.init == "random":
-        return [], [""] * len(starts)
-    if config.prompt is not None:
-        storyboard = parse_storyboard(config.prompt)
-        if storyboard and storyboard[-1][0] >= len(starts) * section_seconds:
-            warn_past_end("--prompt", storyboard[-1][0], len(starts) * section_seconds)
-    else:
-        beside = storyboard_beside(config.history) or []
-        if len(beside) > 1 and beside[-1][0] < clip_seconds:
-            warn(
-                f"the storyboard beside {config.history} ends before the clip does: its last prompt is used for all "
-                "that is generated, or give --prompt"
-            )
-        storyboard = [(start - clip_seconds, prompt) for start, prompt in beside]
-    return storyboard, [prompt_at(storyboard, start + 1e-6) for start in starts]
-
-
-def n_sections(config, base):
-    """How many sections --seconds makes, rounded up."""
-    return math.ceil(config.seconds * base.fps / (base.section * base.codec.stride[0]) - 1e-6)
 
 
 def embed_prompts(config, base, prompts):
@@ -248,17 +199,6 @@ def check_sampler(config):
         )
     if not 0 <= config.memory_seconds < math.inf:
         raise UserError(f"--memory_seconds {config.memory_seconds}: give seconds of history to keep, or 0 for all")
-
-
-def output_file(config):
-    """--save_file or its default. Raises UserError if it, or the contact sheet beside it, may not be written."""
-    history = Path(config.history)
-    file = Path(config.save_file or f"out/{history.stem}.mp4")
-    if not config.save_file and same_path(file, history):
-        file = file.with_stem(file.stem + "_continued")
-    for path in (file, sheet_path(file)):
-        check_output(path, [history, config.checkpoint, config.prompt])
-    return file
 
 
 def main():

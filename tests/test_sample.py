@@ -26,6 +26,7 @@ from tests.common import (
     write_raw,
     write_video,
 )
+from util.sections import section_prompts
 from util.video import read_video
 from util.weights import read_config
 
@@ -64,7 +65,7 @@ def continued(prompt="", sections=3, base=None, most=None, **settings):
     memory.append(history, decode(history))
     settings = {"steps": 2, "guidance": 1.5, "shift": 3.0, "prompt": prompt, "seconds": 2.0 * sections, **settings}
     config = sample.SampleConfig(**settings)
-    _, prompts = sample.section_prompts(config, base, clip_seconds=5)
+    _, prompts = section_prompts(config, base, clip_seconds=5)
     texts = sample.embed_prompts(config, base, prompts)
     made = sample.continue_video(model, base, memory, decode, texts, config, (32, 32))
     return torch.cat([frames for frames, _ in made]), memory
@@ -127,7 +128,7 @@ def test_sample_takes_the_storyboard_beside_the_clip(capsys):
 
     def prompts(clip_seconds, **given):
         config = sample.SampleConfig(history="clip.mp4", **{"seconds": 6.0} | given)
-        return sample.section_prompts(config, base, clip_seconds)
+        return section_prompts(config, base, clip_seconds)
 
     assert prompts(10) == ([], ["", "", ""])
     Path("clip.txt").write_text("0s: a cat\n10s: a dog\n13s: a cow")

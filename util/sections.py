@@ -1,0 +1,71 @@
+"""What sample.py continues, section by section: how many, with which prompts, into which file."""
+
+import math
+from pathlib import Path
+
+from tqdm import tqdm
+
+from util.cli import warn
+from util.files import check_output, same_path
+from util.folder import warn_past_end
+from util.sheets import sheet_path
+from util.storyboard import parse_storyboard, prompt_at, storyboard_beside
+
+
+def sections_remembered(config, base):
+    """How many sections of history --memory_seconds keeps, or None for all."""
+    section_seconds = base.section * base.codec.stride[0] / base.fps
+    return math.ceil(config.memory_seconds / section_seconds) if config.memory_seconds else None
+
+
+def n_sections(config, base):
+    """How many sections --seconds makes, rounded up."""
+    return math.ceil(config.seconds * base.fps / (base.section * base.codec.stride[0]) - 1e-6)
+
+
+def section_prompts(config, base, clip_seconds):
+    """(storyboard with 0 s at the end of the clip, the prompt of each section to generate)."""
+    section_seconds = base.section * base.codec.stride[0] / base.fps
+    starts = [k * section_seconds for k in range(n_sections(config, base))]
+    if config.init == "random":
+        return [], [""] * len(starts)
+    if config.prompt is not None:
+        storyboard = parse_storyboard(config.prompt)
+        if storyboard and storyboard[-1][0] >= len(starts) * section_seconds:
+            warn_past_end("--prompt", storyboard[-1][0], len(starts) * section_seconds)
+    else:
+        beside = storyboard_beside(config.history) or []
+        if len(beside) > 1 and beside[-1][0] < clip_seconds:
+            warn(
+                f"the storyboard beside {config.history} ends before the clip does: its last prompt is used for all "
+                "that is generated, or give --prompt"
+            )
+        storyboard = [(start - clip_seconds, prompt) for start, prompt in beside]
+    return storyboard, [prompt_at(storyboard, start + 1e-6) for start in starts]
+
+
+def output_file(config):
+    """--save_file or its default. Raises UserError if it, or the contact sheet beside it, may not be written."""
+    history = Path(config.history)
+    file = Path(config.save_file or f"out/{history.stem}.mp4")
+    if not config.save_file and same_path(file, history):
+        file = file.with_stem(file.stem + "_continued")
+    for path in (file, sheet_path(file)):
+        check_output(path, [history, config.checkpoint, config.prompt])
+    return file
+
+
+def write_sections(writer, sheet, generated, sections):
+    """Write the generated sections -> (seconds it took to generate them, what stopped it early or None).
+    Whatever stops it, a signal, a lack of memory, numbers that are not finite, the sections so far are kept."""
+    seconds = 0.0
+    try:
+        for frames, took in tqdm(generated, total=sections, desc="sections"):
+            writer.write(frames)
+            sheet.add(frames)
+            seconds += took
+    except BaseException as stopped:  # main raises it again, once the sections so far are safe
+        if not sheet.kept:
+            raise
+        return seconds, stopped
+    return seconds, None
