@@ -21,11 +21,9 @@ from encoder import parse_rate
 from util.cache import low_name, open_window, read_manifest, read_tensor, write_cache
 from util.cli import UserError, load_object, parse_flags, run_command, run_main, warn
 from util.distributed import start_processes
-from util.files import atomic_write, check_output
 from util.folder import find_videos, read_clip, report_skipped, split_videos
 from util.latents import encode_videos
 from util.storyboard import prompt_at
-from util.video_writer import VideoWriter
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Clips
@@ -274,35 +272,6 @@ def collect(folder, encoded, names, base, pixels=False):
 
 
 @dataclass
-class StoryConfig:
-    index: int = 0  # which held-out story
-    preset: str = "nano"  # its size and frame rate
-    out: str = "out/story.mp4"  # the video; its storyboard goes beside it, 3 sections longer than the video
-    truth: bool = False  # write those 3 sections too: the true continuation
-
-
-def story(argv):
-    """Write a held-out story of the paper-doll world as a video, with its storyboard beside it."""
-    config = parse_flags(StoryConfig, story.__doc__, argv)
-    base = open_base(config.preset)
-    if base.needs_cache:
-        raise UserError(f"--preset {config.preset}: the paper-doll world is made for nano and small")
-    if config.index < 0:
-        raise UserError(f"--index {config.index}: stories are numbered from 0")
-    storyboard = Path(config.out).with_suffix(".txt")
-    check_output(storyboard)
-    told, frames = dolls.story_pixels("held-out", config.index, base)
-    shown = len(frames) if config.truth else dolls.HISTORY_SECTIONS * base.section
-    lines = [f"{k * base.section / base.fps:g}s: {told.caption(k)}\n" for k in range(dolls.STORY_SECTIONS)]
-    # both files or none: the storyboard gets its name after the video was written
-    with atomic_write(storyboard) as part, VideoWriter(config.out, base.fps, *base.sizes[0]) as writer:
-        part.write_text("".join(lines))
-        writer.write(frames[:shown])
-    advice = "" if config.truth else f"; continue it: python sample.py --history {config.out}"
-    print(f"wrote {config.out} and {storyboard}{advice}")
-
-
-@dataclass
 class CacheConfig:
     videos: str = ""  # folder of videos, captions beside them
     out: str = ""  # folder for the cache
@@ -331,8 +300,11 @@ def cache(argv):
     write_cache(config.videos, config.out, config.captions, base, rates, processes)
 
 
+COMMANDS = {"story": "dolls.command.story", "cache": cache}
+
+
 def main():
-    run_command("data.py", {"story": story, "cache": cache}, __doc__)
+    run_command("data.py", COMMANDS, __doc__)
 
 
 if __name__ == "__main__":

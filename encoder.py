@@ -13,6 +13,7 @@ DiT's grid one memory token stands for:
 
 import contextlib
 import math
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from model import Attention, DiT, PatchEmbedding, pad_replicate, rope, token_positions
-from util.cli import UserError, load_object
+from util.cli import UserError, check_numbers, load_object
 from util.weights import load_weights, read_config
 
 METHODS = {  # method -> its class; add new ones here
@@ -34,6 +35,34 @@ METHODS = {  # method -> its class; add new ones here
     "full": "bench.baselines.Full",
     "none": "bench.baselines.NoMemory",
 }
+
+
+@dataclass
+class MemoryConfig:
+    """What a model's memory is. A checkpoint carries it."""
+
+    method: str = "proposed"  # the kind of memory: a key of METHODS in encoder.py
+    rate: str = None  # compression on the DiT's token grid, rows x columns x frames [the preset's]
+    window: int = 0  # stage 2: newest latent frames that memory also has uncompressed
+    anchor: bool = False  # stage 2: the first one too
+    cross_attention: bool = False  # the DiT's blocks also read φ's tokens through cross-attention of their own
+    cache_memory: bool = False  # memory sees its own segment alone, so its keys and values are computed only once
+
+    def memory(self):
+        """These fields of a config that has more."""
+        return {field.name: getattr(self, field.name) for field in fields(MemoryConfig)}
+
+    def check_memory(self, base):
+        """Fill in the base's rate. Raises UserError."""
+        t, h, w = parse_rate(self.rate or base.rate, base)
+        self.rate = f"{h}x{w}x{t}"  # as checkpoints and tables name it
+        method = find_method(self.method)
+        check_numbers(self, "window", 0)
+        for key in ("window", "anchor", "cross_attention", "cache_memory"):
+            if getattr(self, key) and key not in method.options:
+                raise UserError(f"--{key}: --method {self.method} has none, drop it")
+        if self.cross_attention and self.cache_memory:
+            raise UserError("--cross_attention --cache_memory: not together, since a cache has no tokens; drop one")
 
 
 def find_method(name):
@@ -61,7 +90,9 @@ def parse_rate(text, base=None):
 
 
 def join(memories):
-    """Concatenate memories (tokens (B, M, D), positions (M, 3) or (B, M, 3)) into one."""
+    """Concatenate memories (tokens (B, M, D), positions (M, 3) or (B, M, 3)) into one; None if there are none."""
+    if not memories:
+        return None
     tokens, positions = zip(*memories)
     if any(p.ndim == 3 for p in positions):
         positions = [p.expand(len(tokens[0]), -1, -1) for p in positions]
@@ -125,14 +156,17 @@ class MemoryEncoder(nn.Module):
 
     has_stage1 = True  # it keeps something of every frame, which can be retrieved
     has_rate = True  # the rate decides how many tokens it has
+    has_segments = True  # frames are compressed as soon as they are a whole segment
     may_skip_weights = True  # for DDP: some batches may not use patch_embedding
-    has_window = False  # --window says how many frames it keeps
     reads_low = False  # forward() reads `low`
+    options = ("window", "anchor", "cross_attention", "cache_memory")  # of MemoryConfig, that make sense
 
-    def __init__(self, base, rate, window=1):
+    def __init__(self, base, rate, window=0, anchor=False):
         super().__init__()
         self.rate, self.segment, self.causal = parse_rate(rate, base), base.section, base.codec.causal
-        self.patch, self.window = base.dit.patch, window
+        self.patch, self.window, self.anchor = base.dit.patch, window, anchor
+        if window or anchor:
+            self.may_skip_weights = False
         self.block = tuple(r * n for r, n in zip(self.rate, self.patch))  # latents per memory token (f, h, w)
         self.build(base)
         # φ's own copy of the DiT's patch embedding, for uncompressed frames: so memory does not depend on the DiT's own
@@ -160,24 +194,30 @@ class MemoryEncoder(nn.Module):
         high   (B, C, F, H, W) latents
         low    latents (B, C, f, h, w) of the smaller video, of its whole segments; unread by most methods
         start  time of the first frame, in latent frames
-        Whole segments are compressed; any remaining frames stay uncompressed.
+        Whole segments are compressed; the remaining frames, the window and the anchor are kept uncompressed.
         """
-        n = self.whole(high.shape[2], start)
-        memories = [self.encode_whole(high[:, :, :n], low, start)] if n else []
-        if n < high.shape[2]:
-            frames = n + self.choose(high.shape[2] - n)
-            memories.append(self.embed_frames(high[:, :, frames], start + frames))
-        return join(memories)
+        return join([memory for memory, _ in self.parts(high, low, start)])
+
+    def parts(self, high, low, start=0):
+        """encode() in parts: [(memory, how many segments of equal length it consists of)]."""
+        end, n = start + high.shape[2], self.whole(high.shape[2], start)
+        parts = self.encode_whole(high[:, :, :n], low, start) if n else []
+        times = torch.arange(start, end)
+        kept = self.kept(times, start + n, end)
+        if len(kept):
+            parts.append((self.embed_frames(high[:, :, kept], times[kept]), 1))
+        return parts
 
     def encode_whole(self, high, low, start):
-        """encode() of whole segments. Raises ValueError for anything else."""
+        """parts() of whole segments. Raises ValueError for anything else."""
         if self.whole(high.shape[2], start) != high.shape[2]:
             raise ValueError(f"{high.shape[2]} latents from {start} are not whole segments of {self.segment}")
-        lone = self.lone(start)
-        memories = [self.encode_segments(high[:, :, :lone], low[:, :, :lone], start, 1)] if lone else []
-        if high.shape[2] > lone:
-            memories.append(self.encode_segments(high[:, :, lone:], low[:, :, lone:], start + lone, self.segment))
-        return join(memories)
+        lone, n = self.lone(start), high.shape[2] // self.segment
+        parts = [(self.encode_segments(high[:, :, :lone], low[:, :, :lone], start, 1), 1)] if lone else []
+        if n:
+            rest = self.encode_segments(high[:, :, lone:], low[:, :, lone:], start + lone, self.segment)
+            parts.append((rest, n))
+        return parts
 
     def encode_segments(self, high, low, start, length):
         """Segments of `length` latents, each alone: (B, C, F, H, W) -> (tokens (B, M, D), positions (M, 3))."""
@@ -210,11 +250,12 @@ class MemoryEncoder(nn.Module):
         lone = self.lone(start)
         return n_frames if n_frames < lone else lone + (n_frames - lone) // self.segment * self.segment
 
-    def choose(self, n_frames, most=None):
-        """Indices of the uncompressed frames to keep, at most `most` if the method can drop frames.
-
-        Incremental: choosing from the frames kept so far and the new ones equals choosing from all."""
-        return torch.arange(n_frames)
+    def kept(self, times, compressed, end, most=None):
+        """Which of the frames at `times` (F,) stay uncompressed, as indices: those from the time `compressed` on, which
+        wait for their segment to be whole; the newest `window`, at most `most`, before `end`; the anchor."""
+        newest = times >= end - min(self.window, most or self.window)
+        waiting, first = self.has_segments & (times >= compressed), self.anchor & (times == 0)
+        return (waiting | newest | first).nonzero()[:, 0]
 
 
 class Proposed(MemoryEncoder):
@@ -266,83 +307,51 @@ class WithoutLR(MemoryEncoder):
 class MemoryDiT(nn.Module):
     """What is trained: the DiT and the memory encoder it reads.
 
-    empty: create the DiT on the meta device; weights are loaded later.
+    memory: a MemoryConfig, or some of its fields. empty: create the DiT on the meta device; weights are loaded later,
+    and what is added to them.
     """
 
-    def __init__(self, base, method="proposed", rate=None, window=1, empty=False):
+    def __init__(self, base, method="proposed", rate=None, empty=False, **memory):
         super().__init__()
+        self.config = MemoryConfig(method, rate, **memory)
+        self.config.check_memory(base)
         with torch.device("meta") if empty else contextlib.nullcontext():
             self.dit = DiT(base.dit)
-        self.encoder = find_method(method)(base, rate or base.rate, window)
+        window = dict(window=self.config.window, anchor=self.config.anchor)
+        self.encoder = find_method(method)(base, self.config.rate, **window)
 
     def forward(self, high, low, x_t, t, text, times):
         """The velocity G(x_t, t, c, φ(H)), shaped like x_t (B, C, F', H, W), whose frames belong at `times` (B, F').
 
         high, low: the history, see MemoryEncoder.encode; t (B,) noise levels in [0, 1]; text (B, L, text_dim).
         """
-        memory = self.encoder.encode(high, low)
-        return self.dit(x_t, 1000 * t, text, times, memory)
+        return self.dit(x_t, 1000 * t, text, times, self.remember(high, low))
+
+    def remember(self, high, low):
+        """What the DiT reads of a history, see MemoryEncoder.encode."""
+        return self.join([self.prepare(*part) for part in self.encoder.parts(high, low)])
+
+    def prepare(self, memory, n=1):
+        """What the DiT reads of a memory of n segments: its tokens, or their keys and values."""
+        if not self.config.cache_memory:
+            return memory
+        tokens, positions = memory
+        fold = lambda x: rearrange(x, "b (n m) d -> (b n) m d", n=n)
+        cached = self.dit.cache_memory(fold(tokens), fold(positions.expand(len(tokens), -1, -1)))
+        return [[rearrange(x, "(b n) a m d -> b a (n m) d", n=n) for x in keys_values] for keys_values in cached]
+
+    def join(self, memories):
+        """Concatenate what prepare() returned."""
+        if not self.config.cache_memory or not memories:
+            return join(memories)
+        return [[torch.cat(x, dim=2) for x in zip(*keys_values)] for keys_values in zip(*memories)]
 
     def saved_names(self):
         """The tensors of a checkpoint: all but those of a frozen base under a LoRA."""
         names = list(self.state_dict())
         lora = any(".lora_" in name for name in names)
-        return [name for name in names if not (lora and name.startswith("dit.") and ".lora_" not in name)]
-
-
-class Memory:
-    """φ(H) of a growing history: append() encodes only new frames.
-
-    most: keep at most this many of the newest whole segments (None: all). A causal codec's lone first latent stays
-    until the first segment has to go.
-    """
-
-    def __init__(self, model, codec, most=None):
-        self.encoder, self.codec, self.most = model.encoder, codec, most
-        self.encode_low = self.encoder.low_rate and codec.low_encoder(self.encoder.rate)
-        self.segments = []  # (tokens (B, m, D), positions, number of frames) of each segment kept
-        self.waiting = None  # latents (B, C, F, H, W) of frames kept uncompressed
-        self.pixels = None  # what they show, (B, 3, F', height, width)
-        self.times = torch.arange(0)  # and their times (F,)
-        self.frames = 0  # latent frames appended so far: the time of the next one
-
-    @torch.no_grad()
-    def append(self, latents, pixels):
-        """Add latents (B, C, F, H, W), which show `pixels` (B, 3, F', height, width), to the end of the history."""
-        encoder = self.encoder
-        pixels = pixels if self.pixels is None else torch.cat([self.pixels, pixels], dim=2)
-        times = torch.cat([self.times, self.frames + torch.arange(latents.shape[2])])
-        self.frames += latents.shape[2]
-        latents = latents if self.waiting is None else torch.cat([self.waiting, latents], dim=2)
-        while encoder.whole(len(times), start := self.frames - len(times)):
-            n = encoder.lone(start) or encoder.segment  # one segment at a time, to bound activation memory
-            high = latents[:, :, :n]
-            shown = 1 if encoder.lone(start) else n * self.codec.stride[0]  # frames
-            low = self.encode_low(pixels[:, :, :shown]).to(high) if encoder.reads_low else high[:, :, :0]
-            self.segments.append((*encoder.encode_whole(high, low, start), n))
-            latents, times, pixels = latents[:, :, n:], times[n:], pixels[:, :, shown:]
-        kept = encoder.choose(len(times), self.most and self.most * encoder.segment)
-        self.waiting, self.times = latents[:, :, kept], times[kept]
-        self.pixels = pixels if encoder.reads_low else None
-        if self.most is not None:
-            while sum(n for *_, n in self.segments) > self.most * encoder.segment + encoder.causal:
-                del self.segments[0]
-
-    @torch.no_grad()
-    def context(self):
-        """What the DiT reads: (tokens (B, M, D), positions (M, 3) or (B, M, 3)), or None if nothing is kept."""
-        memories = [segment[:2] for segment in self.segments]
-        if len(self.times):
-            memories.append(self.encoder.embed_frames(self.waiting, self.times))
-        return join(memories) if memories else None
-
-    @property
-    def uncompressed(self):
-        """How many tokens the remembered frames would be without compression."""
-        if self.waiting is None:
-            return 0
-        rows, columns = (-(-size // p) for size, p in zip(self.waiting.shape[3:], self.encoder.patch[1:]))
-        return (sum(n for *_, n in self.segments) + len(self.times)) * rows * columns
+        ours = (".lora_", "memory") if lora else ("",)
+        return [name for name in names if not name.startswith("dit.") or any(part in name for part in ours)]
 
 
 def load_model(path, base, init="", device="cpu"):
@@ -352,10 +361,7 @@ def load_model(path, base, init="", device="cpu"):
     UserError.
     """
     config = read_config(path)
-    try:
-        model = MemoryDiT(base, config["method"], config["rate"], config["window"], empty=True)
-    except KeyError as e:
-        raise UserError(f"{path}: its config lacks {e}; train it again") from None
+    model = MemoryDiT(base, **{f.name: config[f.name] for f in fields(MemoryConfig)}, empty=True)
     if init and not config.get("lora"):
         raise UserError(f"--init {init} does nothing: {path} holds its own DiT; drop it")
     if config.get("lora"):
@@ -363,5 +369,7 @@ def load_model(path, base, init="", device="cpu"):
             raise UserError(f"{path} holds only a LoRA and a memory encoder: give the base DiT too, --init")
         base.load_dit(model.dit, init, device, frozen=True)
         base.add_lora(model.dit, config["lora"])
+    if model.config.cross_attention:
+        model.dit.add_cross_attention()
     load_weights(model, [path], names=model.saved_names(), device=device)
     return model.to(device).eval()

@@ -87,7 +87,7 @@ def validate_batch(config, base, model, draw, clips, rows, device):
     """
     batch, sums = draw(clips, rows, 0).to(device), {}
     with autocast(device):
-        memory = model.encoder.encode(batch.high, batch.low)
+        memory = model.remember(batch.high, batch.low)
         for level in LEVELS:
             t = torch.full_like(batch.t, level)
             v = model.dit(add_noise(batch.target, batch.noise, t), 1000 * t, batch.text, batch.times, memory)
@@ -100,7 +100,7 @@ def validate_batch(config, base, model, draw, clips, rows, device):
         made = {"_one_step": generate(memory, 1), "": generate(memory)}
         if memory is not None and len(clips) > 1:
             other = draw(clips, [(row + 1) % len(clips) for row in rows], 0).to(device)
-            wrong = model.encoder.encode(other.high, other.low)
+            wrong = model.remember(other.high, other.low)
             made |= {"_one_step_wrong_memory": generate(wrong, 1), "_wrong_memory": generate(wrong)}
     if not base.codec.decodes:
         for name, x in made.items():

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from encoder import find_method
+from model import add_noise
 from pretrain import Batch, Config, check, collate, generator, noise_level, setup, train
 from util.cli import UserError, parse_flags, run_main
 from util.weights import load_weights, read_config
@@ -25,6 +26,7 @@ class FinetuneConfig(Config):
     out: str = None  # run folder [runs/finetune; runs/base for --method none]
     encoder: str = "runs/pretrain"  # the run to take φ from; "none": a fresh φ
     freeze_encoder: bool = False  # keep φ as it is (the paper's ablation)
+    history_noise: float = 0.0  # against drift: noise on the history, of levels up to this
     t_mean: float = None  # noise levels that the DiT trains on: sigmoid of N(t_mean, t_std) [the preset's]
     t_std: float = None  # their spread [the preset's]
     text_drop: float = 0.1  # fraction of samples without a prompt, for classifier-free guidance
@@ -69,17 +71,22 @@ def draw_continuation(config, base, encoder, clips, rows, step, longest=False):
         begin = choices[int(torch.randint(len(choices), (), generator=g))]
         text = clip.text(begin, base.prompts) if torch.rand((), generator=g) >= config.text_drop else None
         first = begin - length * base.section - waiting - lone
-        batches.append(section_batch(base, encoder, clip, first, begin, text, noise_level(config, step, row), g))
+        level = noise_level(config, step, row)
+        batches.append(section_batch(base, encoder, clip, first, begin, text, level, g, config.history_noise))
     return collate(batches)
 
 
-def section_batch(base, encoder, clip, first, begin, text, t, g):
+def section_batch(base, encoder, clip, first, begin, text, t, g, history_noise=0.0):
     """A batch of one row: the section that begins at latent frame `begin`, after the history from `first` on.
 
-    text: (1, L, text_dim), or None for no prompt; t: (1,) noise level.
+    text: (1, L, text_dim), or None for no prompt; t: (1,) noise level. history_noise: φ sees the history at a noise
+    level from U(0, this), in one of ten rows clean: so the model learns to go on from what it has drawn imperfectly.
     """
     end = begin + base.section
     (high, low), target = clip.history(first, begin, encoder, base.codec), clip.cut(begin, end)  # (1, C, F, H, W)
+    if history_noise and torch.rand((), generator=g) > 0.1:
+        level = history_noise * torch.rand(1, generator=g)
+        high, low = (add_noise(x, torch.randn(x.shape, generator=g), level) for x in (high, low))
     times = torch.arange(begin - first, end - first)[None].float()
     noise = torch.randn(target.shape, generator=g)
     text = base.prompts("")[None] if text is None else text
@@ -143,7 +150,7 @@ def main():
     if config.freeze_encoder:
         model.encoder.requires_grad_(False)
     draw = partial(draw_continuation, config, base, model.encoder)
-    prompted = replace(config, text_drop=0.0)
+    prompted = replace(config, text_drop=0.0, history_noise=0.0)
     draw_held_out = partial(draw_continuation, prompted, base, model.encoder, longest=True)
     train(config, "finetune", model, base, processes, clips, held_out, draw, draw_held_out)
 

@@ -129,23 +129,35 @@ class Attention(nn.Module):
         self.norm_q = nn.RMSNorm(dim, eps)
         self.norm_k = nn.RMSNorm(dim, eps)
 
-    def forward(self, x, context=None, rotations=None):
-        """x (B, N, D), context (B, L, D) or None for self-attention, rotations from rope() or None -> (B, N, D)."""
+    def forward(self, x, context=None, rotations=None, context_rotations=None, cached=None):
+        """x (B, N, D), context (B, L, D) or None for self-attention -> (B, N, D).
+
+        rotations and context_rotations: of x and of the context, from rope(), or None for no positions. cached: further
+        keys_values(), read too.
+        """
         x = to_autocast_dtype(x)
-        context = x if context is None else to_autocast_dtype(context)
         q = self.norm_q(self.q(x).float())  # float32 until the product of queries and keys, as in Wan
-        k = self.norm_k(self.k(context).float())
-        v = self.v(context)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (q, k, v))  # (B, N or L, heads, head_dim)
+        q = q.unflatten(-1, (self.heads, -1))  # (B, N, heads, head_dim)
         if rotations is not None:
-            q, k = rotate(q, rotations), rotate(k, rotations)
+            q = rotate(q, rotations)
+        k, v = self.keys_values(x, rotations) if context is None else self.keys_values(context, context_rotations)
+        if cached is not None:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(cached, (k, v)))
+        y = attention(q.type_as(x).transpose(1, 2), k, v).transpose(1, 2)
+        if self.rotate_values:
+            y = rotate(y.float(), rotations * rotations.new_tensor([1, -1])).type_as(x)
+        return self.o(y.flatten(-2))  # (B, N, D)
+
+    def keys_values(self, context, rotations=None):
+        """Keys and values of a context (B, L, D), each (B, heads, L, head_dim)."""
+        context = to_autocast_dtype(context)
+        k, v = self.norm_k(self.k(context).float()), self.v(context)
+        k, v = (y.unflatten(-1, (self.heads, -1)) for y in (k, v))  # (B, L, heads, head_dim)
+        if rotations is not None:
+            k = rotate(k, rotations)
         if self.rotate_values:  # back at the query: what is read depends on where it lies from there
             v = rotate(v.float(), rotations)
-        q, k, v = (y.type_as(context).transpose(1, 2) for y in (q, k, v))  # (B, heads, N or L, head_dim)
-        y = attention(q, k, v).transpose(1, 2)
-        if self.rotate_values:
-            y = rotate(y.float(), rotations * rotations.new_tensor([1, -1])).type_as(context)
-        return self.o(y.flatten(-2))  # (B, N, D)
+        return tuple(y.type_as(context).transpose(1, 2) for y in (k, v))
 
 
 def modulate(x, shift, scale, sizes):
@@ -181,21 +193,35 @@ class Block(nn.Module):
         self.cross_attn = Attention(c.dim, c.heads, c.eps)
         self.norm2 = nn.LayerNorm(c.dim, c.eps, elementwise_affine=False)
         self.ffn = nn.Sequential(nn.Linear(c.dim, c.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(c.ffn_dim, c.dim))
+        self.memory_attn = None  # see DiT.add_cross_attention
 
-    def forward(self, x, e, text, rotations, M):
+    def forward(self, x, e, text, rotations, M, memory=None, cached=None):
         """x (B, M + N, D) float32 -> the same.
 
         e (B, 2, 6, D): modulation at t = 0 for the M memory tokens and at t for the others; (B, 1, 6, D) if M is 0.
-        text (B, L, D); rotations from rope().
+        text (B, L, D); rotations from rope(). memory (B, M, D): the memory tokens as φ made them, for memory_attn.
+        cached: keys and values of memory in this block, where it has no tokens here.
         """
         sizes = [M, x.shape[1] - M] if M else [x.shape[1]]
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation[:, None].float() + e).unbind(2)
         # no names for what comes between: at full size each would hold hundreds of megabytes
         x = add_gated(
-            x, self.self_attn(modulate(self.norm1(x), shift1, scale1, sizes), rotations=rotations), gate1, sizes
+            x,
+            self.self_attn(modulate(self.norm1(x), shift1, scale1, sizes), rotations=rotations, cached=cached),
+            gate1,
+            sizes,
         )
+        if self.memory_attn is not None and M:
+            places = dict(rotations=rotations[:, M:], context_rotations=rotations[:, :M])
+            read = self.memory_attn(self.norm_memory(x[:, M:]), memory, **places)
+            x = torch.cat([x[:, :M], x[:, M:] + read], dim=1)
         x = x + self.cross_attn(self.norm3(x), context=text)
         return add_gated(x, self.ffn(modulate(self.norm2(x), shift2, scale2, sizes)), gate2, sizes)
+
+    def keys_values(self, x, e, rotations):
+        """Keys and values that self-attention has for tokens x (B, M, D), each (B, heads, M, head_dim)."""
+        shift, scale, *_ = (self.modulation[:, None].float() + e).unbind(2)
+        return self.self_attn.keys_values(modulate(self.norm1(x), shift, scale, [x.shape[1]]), rotations)
 
 
 class Head(nn.Module):
@@ -242,6 +268,16 @@ class DiT(nn.Module):
                 nn.init.normal_(m.weight, std=0.02)
         nn.init.zeros_(self.head.head.weight)
 
+    def add_cross_attention(self):
+        """Let every block read the memory tokens once more, as φ made them, through cross-attention of its own. It
+        starts at zero. (Later version of the paper.)"""
+        c = self.config
+        for block in self.blocks:
+            block.norm_memory = nn.LayerNorm(c.dim, c.eps)
+            block.memory_attn = Attention(c.dim, c.heads, c.eps, c.rotate_values)
+            nn.init.zeros_(block.memory_attn.o.weight)
+            nn.init.zeros_(block.memory_attn.o.bias)
+
     def embed_timesteps(self, t):
         """(B,) timesteps 0..1000 -> embedding (B, D) and modulation (B, 6, D), float32 whatever the weights' dtype."""
         c = self.config
@@ -268,7 +304,8 @@ class DiT(nn.Module):
         t       (B,) timesteps, 0..1000
         text    (B, L, text_dim) prompt embeddings; all zeros for no prompt
         times   (F,) or (B, F) times of the frames of x, in latent frames; default 0..F-1
-        memory  None or (tokens (B, M, D), positions (M, 3) or (B, M, 3)): clean context, seen at t = 0
+        memory  None, (tokens (B, M, D), positions (M, 3) or (B, M, 3)): clean context, seen at t = 0, or what
+                cache_memory() returned
         """
         c = self.config
         B, _, n_frames, height, width = x.shape
@@ -276,8 +313,10 @@ class DiT(nn.Module):
         times = torch.arange(n_frames, device=x.device) if times is None else times
         positions = token_positions(times, rows, columns).expand(B, -1, -1)  # (B, N, 3)
         x = self.patch_embedding(x).float()  # (B, N, D)
-        M, levels = 0, [t]
-        if memory is not None and memory[0].shape[1]:
+        M, levels, tokens, cached = 0, [t], None, [None] * c.layers
+        if isinstance(memory, list):
+            cached = memory
+        elif memory is not None and memory[0].shape[1]:
             tokens, places = memory
             M, levels = tokens.shape[1], [torch.zeros_like(t), t]
             x = torch.cat([tokens.float(), x], dim=1)  # (B, M + N, D)
@@ -286,17 +325,34 @@ class DiT(nn.Module):
         embedding, modulation = self.embed_timesteps(torch.cat(levels))
         modulation = torch.stack(modulation.chunk(len(levels)), dim=1)  # (B, 1 or 2, 6, D)
         text = self.embed_text(text)  # (B, text_len, D)
-        for block in self.blocks:
+        for block, keys_values in zip(self.blocks, cached):
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, modulation, text, rotations, M, use_reentrant=False)
+                x = checkpoint(block, x, modulation, text, rotations, M, tokens, keys_values, use_reentrant=False)
             else:
-                x = block(x, modulation, text, rotations, M)
+                x = block(x, modulation, text, rotations, M, tokens, keys_values)
         x = self.head(x[:, M:], embedding[-B:])  # only the noisy tokens are read out
         # unlike the input, the output has channels last inside a patch
         pt, ph, pw = c.patch
         return rearrange(
             x, "b (f h w) (pt ph pw c) -> b c (f pt) (h ph) (w pw)", h=rows, w=columns, pt=pt, ph=ph, pw=pw
         )
+
+    def cache_memory(self, tokens, positions):
+        """Keys and values of memory tokens (B, M, D) at positions (M, 3) or (B, M, 3), which see each other alone: a
+        list with a pair (B, heads, M, head_dim) per block.
+
+        No prompt and t = 0, so these hold for all denoising steps of all later sections. (Later version of the paper.)
+        """
+        B, c = len(tokens), self.config
+        rotations = rope(positions.expand(B, -1, -1), c.dim // c.heads)
+        modulation = self.embed_timesteps(torch.zeros(B, device=tokens.device))[1][:, None]  # (B, 1, 6, D)
+        text = self.embed_text(tokens.new_zeros(B, 1, c.text_dim))
+        x, cached = tokens.float(), []
+        for block in self.blocks:
+            cached.append(block.keys_values(x, modulation, rotations))
+            if block is not self.blocks[-1]:  # nothing reads what the last one makes of memory
+                x = block(x, modulation, text, rotations, 0)
+        return cached
 
 
 # ---------------------------------------------------------------------------------------------------------------------

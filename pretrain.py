@@ -18,7 +18,7 @@ import torch
 
 from bases import open_base
 from data import open_dataset
-from encoder import MemoryDiT, find_method, parse_rate
+from encoder import MemoryConfig, MemoryDiT, find_method
 from eval import validate
 from model import add_noise, noise_levels
 from util.checkpoint import resume, save
@@ -27,18 +27,14 @@ from util.device import autocast
 from util.distributed import compile_blocks, start_processes
 from util.files import shipped
 from util.optim import EMA, make_optimizers, set_learning_rate
-from util.run import Run, claim_folder, describe
-from util.weights import own_config, weight_files
+from util.run import Run, check_init, claim_folder, describe
 
 
 @dataclass
-class Config:
+class Config(MemoryConfig):
     """Settings of both stages."""
 
     preset: str = "nano"  # base, model and data sizes: nano, small, wan-1.3b, wan-14b
-    method: str = "proposed"  # the kind of memory: a key of METHODS in encoder.py
-    rate: str = None  # compression on the DiT's token grid, rows x columns x frames [the preset's]
-    window: int = 1  # latent frames that --method sliding-window keeps
     data: str = "world"  # "world" (paper dolls), a folder of videos, a data.py cache, or a dataset as NAME:ARGUMENT
     init: str = "checkpoints/nano-base.safetensors"  # base DiT: a file or folder of weights, or "random"
     lora: int = None  # LoRA rank; 0 trains the whole DiT [the preset's]
@@ -244,54 +240,36 @@ def draw_ahead(config, processes, clips, draw, first):
 def check(config):
     """Fill in the preset's defaults and reject invalid settings, before anything is loaded. Raises UserError."""
     base = open_base(config.preset)
-    for key in ("rate", "lora", "optimizer", "lr", "t_mean", "t_std"):
+    for key in ("lora", "optimizer", "lr", "t_mean", "t_std"):
         if getattr(config, key) is None:
             setattr(config, key, getattr(base, key))
-    t, h, w = parse_rate(config.rate, base)
-    config.rate = f"{h}x{w}x{t}"  # as checkpoints and tables name it
-    find_method(config.method)
-    check_numbers(config, "steps batch micro_batch save_every held_out sample_steps clips window queries", 1)
+    config.check_memory(base)
+    check_numbers(config, "steps batch micro_batch save_every held_out sample_steps clips queries", 1)
     if getattr(config, "queries", 1) > base.history:
         raise UserError(f"--queries {config.queries}: a history has {base.history} frames to choose from; give fewer")
     check_numbers(config, "lr encoder_lr clip_grad t_std sample_shift", 0, above=True)
     check_numbers(config, "lora warmup", 0)
-    check_numbers(config, "text_drop ema", 0, 1)
+    check_numbers(config, "text_drop ema history_noise", 0, 1)
     if not math.isfinite(config.t_mean):
         raise UserError(f"--t_mean {config.t_mean}: give a number")
     if config.optimizer not in ("muon", "adamw"):
         raise UserError(f"--optimizer {config.optimizer}: choose muon or adamw")
-    if config.window != Config.window and not find_method(config.method).has_window:
-        raise UserError(f"--window {config.window}: --method {config.method} has no window, drop it")
     check_init(config)
-
-
-def check_init(config):
-    """Refuse a base of another preset, and a LoRA on random weights. Raises UserError."""
-    if config.init == "random":
-        if config.lora:
-            raise UserError(
-                f"--init random --lora {config.lora}: a checkpoint would hold the LoRA, but not the random "
-                "weights under it; give --init a base, or --lora 0"
-            )
-        return
-    trained = own_config(weight_files(shipped(config.init))[0])
-    if trained and trained["preset"] != config.preset:
-        raise UserError(
-            f"--init {config.init} was trained with --preset {trained['preset']}, not {config.preset}: give a base of "
-            "that preset, or train one with finetune.py --method none --init random"
-        )
 
 
 def make_model(config, base, device):
     """The DiT with the base's weights, frozen under a fresh LoRA if one is asked for, and a fresh φ."""
     torch.manual_seed(config.seed)
-    model = MemoryDiT(base, config.method, config.rate, config.window, empty=config.init != "random")
+    model = MemoryDiT(base, **config.memory(), empty=config.init != "random")
     if config.init != "random":
         base.load_dit(model.dit, shipped(config.init), device, frozen=bool(config.lora))
     model.to(device)  # φ too, before it takes weights over from the DiT
     model.encoder.start_from(model.dit)
     if config.lora:
         base.add_lora(model.dit, config.lora)
+    if config.cross_attention:
+        model.dit.add_cross_attention()
+        model.to(device)
     model.dit.recompute = base.recompute
     return model
 
@@ -316,6 +294,8 @@ def main():
     check(config)
     if config.mask not in ("none", "noise"):
         raise UserError(f"--mask {config.mask}: choose none or noise")
+    if config.window or config.anchor:
+        raise UserError("--window, --anchor: stage 1 asks for frames that these show; give them to finetune.py")
     if not find_method(config.method).has_stage1:
         raise UserError(f"--method {config.method} keeps too few frames to retrieve, so no stage 1: run finetune.py")
     model, base, processes, clips, held_out = setup(config)

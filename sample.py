@@ -16,7 +16,7 @@ import torch
 
 from bases import open_base
 from data import check_prompts
-from encoder import Memory, MemoryDiT, load_model
+from encoder import MemoryDiT, load_model
 from model import sample
 from util.cli import Failure, UserError, load_object, parse_flags, run_main, warn
 from util.device import autocast, peak_memory, pick_device
@@ -57,6 +57,64 @@ class SampleConfig:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Generate
+
+
+class Memory:
+    """φ(H) of a growing history: append() encodes only new frames.
+
+    most: keep at most this many of the newest whole segments (None: all). A causal codec's lone first latent stays
+    until the first segment has to go.
+    """
+
+    def __init__(self, model, codec, most=None):
+        self.model, self.encoder, self.codec, self.most = model, model.encoder, codec, most
+        self.encode_low = self.encoder.low_rate and codec.low_encoder(self.encoder.rate)
+        self.segments = []  # (what the DiT reads of it, number of frames) of each segment kept
+        self.latents = None  # latents (B, C, F, H, W) of frames kept uncompressed
+        self.times = torch.arange(0)  # and their times (F,)
+        self.pixels = None  # what the frames show that wait for a whole segment, (B, 3, F', height, width)
+        self.frames = 0  # latent frames appended so far: the time of the next one
+        self.compressed = 0  # how many of them are in segments
+
+    @torch.no_grad()
+    def append(self, latents, pixels):
+        """Add latents (B, C, F, H, W), which show `pixels` (B, 3, F', height, width), to the end of the history."""
+        encoder = self.encoder
+        pixels = pixels if self.pixels is None else torch.cat([self.pixels, pixels], dim=2)
+        times = torch.cat([self.times, self.frames + torch.arange(latents.shape[2])])
+        self.frames += latents.shape[2]
+        latents = latents if self.latents is None else torch.cat([self.latents, latents], dim=2)
+        waiting = latents[:, :, (times >= self.compressed).nonzero()[:, 0]]
+        while encoder.whole(waiting.shape[2], self.compressed):
+            n = encoder.lone(self.compressed) or encoder.segment  # one at a time, to bound activation memory
+            high, waiting = waiting[:, :, :n], waiting[:, :, n:]
+            shown = 1 if encoder.lone(self.compressed) else n * self.codec.stride[0]  # frames
+            low = self.encode_low(pixels[:, :, :shown]).to(high) if encoder.reads_low else high[:, :, :0]
+            ((memory, _),) = encoder.encode_whole(high, low, self.compressed)
+            self.segments.append((self.model.prepare(memory), n))
+            self.compressed, pixels = self.compressed + n, pixels[:, :, shown:]
+        kept = encoder.kept(times, self.compressed, self.frames, self.most and self.most * encoder.segment)
+        self.latents, self.times = latents[:, :, kept], times[kept]
+        self.pixels = pixels if encoder.reads_low else None
+        if self.most is not None:
+            while sum(n for _, n in self.segments) > self.most * encoder.segment + encoder.causal:
+                del self.segments[0]
+
+    @torch.no_grad()
+    def context(self):
+        """What the DiT reads, see MemoryDiT.remember; None if nothing is kept."""
+        memories = [memory for memory, _ in self.segments]
+        if len(self.times):
+            memories.append(self.model.prepare(self.encoder.embed_frames(self.latents, self.times)))
+        return self.model.join(memories)
+
+    @property
+    def uncompressed(self):
+        """How many tokens the remembered frames would be without compression."""
+        if self.latents is None:
+            return 0
+        rows, columns = (-(-size // p) for size, p in zip(self.latents.shape[3:], self.encoder.patch[1:]))
+        return (sum(n for _, n in self.segments) + int((self.times >= self.compressed).sum())) * rows * columns
 
 
 @torch.no_grad()

@@ -11,12 +11,12 @@ import torch
 
 from bases import BASES, open_base
 from data import Clip, Clips
-from encoder import METHODS, Memory, MemoryDiT, find_method, parse_rate
+from encoder import METHODS, MemoryDiT, find_method, parse_rate
 from eval import psnr, ssim
 from finetune import FinetuneConfig, draw_continuation
 from model import DiT, DiTConfig, add_noise, rope, sample, token_positions
 from pretrain import PretrainConfig, draw_retrieval
-from sample import SampleConfig, continue_video
+from sample import Memory, SampleConfig, continue_video
 from tests.common import BlockCodec
 from util.optim import EMA, make_optimizers, set_learning_rate
 
@@ -48,9 +48,9 @@ class Prompts:
         return randn(8, 16, seed=len(prompt)) if prompt else torch.zeros(8, 16)
 
 
-def make_model(base, method="proposed", rate="2x2x2", window=3):
+def make_model(base, method="proposed", rate="2x2x2", **memory):
     """A model whose every weight is random, so that nothing hides behind a weight that starts at zero."""
-    model = MemoryDiT(base, method, rate, window)
+    model = MemoryDiT(base, method, rate, **memory)
     if base.lora:
         base.add_lora(model.dit, base.lora)
     g = torch.Generator().manual_seed(0)

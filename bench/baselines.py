@@ -40,6 +40,7 @@ class Full(MemoryEncoder):
     """Every token of the history."""
 
     has_rate = may_skip_weights = False
+    options = ("cross_attention", "cache_memory")
 
     def encode_segments(self, high, low, start, length):
         return self.embed_frames(high, start + torch.arange(high.shape[2]))
@@ -98,43 +99,35 @@ def bipartite_matching(x, count):
 
 
 class SlidingWindow(MemoryEncoder):
-    """The newest `window` frames, uncompressed."""
+    """The newest `window` frames, uncompressed; at least one."""
 
-    has_stage1 = has_rate = may_skip_weights = False
-    has_window = True
+    has_stage1 = has_rate = has_segments = may_skip_weights = False
+
+    def __init__(self, base, rate, window=0, anchor=False):
+        super().__init__(base, rate, max(1, window), anchor)
 
     def whole(self, n_frames, start=0):
         return 0
-
-    def choose(self, n_frames, most=None):
-        return torch.arange(n_frames)[-min(self.window, most or self.window) :]
 
 
 class Keyframes(SlidingWindow):
     """The first and the newest frame, uncompressed: the paper's two-picture baseline, as far as one model can be it."""
 
-    has_window = False
+    options = ()
 
-    def choose(self, n_frames, most=None):
-        frames = torch.arange(n_frames)
-        return frames[[0, -1]] if n_frames > 1 else frames
+    def __init__(self, base, rate, window=0, anchor=False):
+        super().__init__(base, rate, window=1, anchor=True)
 
 
 class NoMemory(SlidingWindow):
     """Nothing. It has no weights."""
 
-    has_window = False
+    options = ()
 
-    def __init__(self, base, rate, window=1):
+    def __init__(self, base, rate, window=0, anchor=False):
         with torch.device("meta"):
-            super().__init__(base, rate, window)
-        self.patch_embedding = None
+            super().__init__(base, rate)
+        self.window, self.patch_embedding = 0, None
 
     def start_from(self, dit):
         pass
-
-    def choose(self, n_frames, most=None):
-        return torch.arange(0)
-
-    def encode(self, high, low, start=0):
-        return None

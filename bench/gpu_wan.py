@@ -19,9 +19,9 @@ from bench.budget import (
 from bench.gpu_parts import NOT_ON_CPU, Row
 from bench.nets import compiled_twin, diffusers_dit
 from bench.speed import SpeedConfig, alternate, dit_jobs, ratio, step_flops, time_memories, training_step
-from encoder import Memory, MemoryDiT
+from encoder import MemoryDiT
 from pretrain import PretrainConfig
-from sample import SampleConfig, continue_video
+from sample import Memory, SampleConfig, continue_video
 from util.device import autocast, compute_dtype, peak_memory
 from util.optim import EMA, make_optimizers
 

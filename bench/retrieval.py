@@ -64,13 +64,13 @@ def reconstruct_batch(model, base, draw, rows, n_clips, config, controls):
     made = {"codec": batch.target}
     with autocast(device):
         if model:
-            memory = model.encoder.encode(batch.high, batch.low)
+            memory = model.remember(batch.high, batch.low)
             made |= {"one_step": generate(memory, 1), "model": generate(memory)}
         if controls:
             made["no_memory"] = generate(None)
         if controls and n_clips > 1:
             other = draw([(row + 1) % n_clips for row in rows]).to(device)
-            made["wrong_memory"] = generate(model.encoder.encode(other.high, other.low))
+            made["wrong_memory"] = generate(model.remember(other.high, other.low))
     frames = {name: to_frames(base.codec.show(batch.high, x, batch.times)) for name, x in made.items()}
     return {"truth": batch.truth, "age": batch.high.shape[2] - 1 - batch.times, **frames}
 

@@ -92,15 +92,17 @@ def stories(config, base, rate=None):
 
 
 def label(config):
-    """(method, rate) of a run as the tables name it; the rate is "" for methods that have none, and the window's length
-    for a sliding window."""
+    """(method, rate) of a run as the tables name it: with what it has beside φ; the rate is "" for methods that have
+    none, and the window's length for a sliding window."""
     name, method = config["method"], find_method(config["method"])
     frozen, fresh = config.get("freeze_encoder"), config.get("encoder") == "none" and method.has_stage1
     if frozen or fresh:
         kind = "frozen" if frozen else "without-pretrain"
         name = kind if name == "proposed" else f"{name}-{kind}"
-    rate = config["rate"] if method.has_rate else ""
-    return name, str(config.get("window")) if find_method(config["method"]).has_window else rate
+    if not method.has_rate:
+        return name, str(config["window"]) if "window" in method.options else ""
+    beside = [key if config[key] is True else f"{key}-{config[key]}" for key in method.options if config.get(key)]
+    return "+".join([name, *beside]), config["rate"]
 
 
 def read_run(folder, command, stage, kept):

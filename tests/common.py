@@ -196,7 +196,7 @@ def script(name):
     from util.cli import run_command
 
     if name == "data":
-        return lambda: run_command("data.py", {"story": data.story, "cache": data.cache}, data.__doc__)
+        return lambda: run_command("data.py", data.COMMANDS, data.__doc__)
     return lambda: run_command("eval.py", evaluation.COMMANDS, evaluation.__doc__)
 
 

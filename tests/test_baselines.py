@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from bench.baselines import bipartite_matching
-from encoder import Memory, MemoryDiT, find_method
+from encoder import MemoryDiT, find_method
 from model import token_positions
+from sample import Memory
 from tests.common import randn, randomize, tiny_base
 
 
@@ -90,12 +91,12 @@ def test_full_memory_is_every_token():
 
 
 FRAMES_KEPT = [  # method, window, most segments in memory, which of 11 frames stay
-    ("sliding-window", 1, None, [10]),
+    ("sliding-window", 0, None, [10]),
     ("sliding-window", 6, None, [5, 6, 7, 8, 9, 10]),
     ("sliding-window", 6, 1, [7, 8, 9, 10]),
     ("sliding-window", 99, None, list(range(11))),
-    ("keyframes", 1, None, [0, 10]),
-    ("keyframes", 1, 1, [0, 10]),
+    ("keyframes", 0, None, [0, 10]),
+    ("keyframes", 0, 1, [0, 10]),
 ]
 
 

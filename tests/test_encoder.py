@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 from bases import open_base
-from encoder import METHODS, Memory, MemoryDiT, find_method
+from encoder import METHODS, MemoryDiT, find_method
 from model import token_positions
+from sample import Memory
 from tests.common import randn, randomize, smaller, tiny_base
 from util.cli import UserError
 

@@ -1,6 +1,7 @@
 """bench.gpu: every part at its tiny size on the CPU, the report, failures, the time budget."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch._dynamo.utils import counters
 import bases
 from bench import gpu, gpu_parts, gpu_wan
 from bench.gpu_parts import NOT_ON_CPU, Row
-from encoder import MemoryDiT
+from model import DiT
 from tests.common import randn, randomize, run, tiny_base
 from util.distributed import compile_blocks
 
@@ -117,18 +118,23 @@ def test_mistakes_are_refused(refused):
     assert "was not written by this program" in refused(gpu.main, *TINY)
 
 
-def test_blocks_are_compiled_once_however_long_the_memory_is():
-    """The number of memory tokens is dynamic from the start; training and sampling each have their graph."""
+@pytest.mark.parametrize("option", ["", "cross_attention", "cache_memory"])
+def test_blocks_are_compiled_once_however_long_the_memory_is(option):
+    """The number of memory tokens is dynamic from the start; training and sampling each have their graph, as have
+    blocks that only cache memory."""
     torch._dynamo.reset()
     counters.clear()
     base = tiny_base()
-    dit = randomize(MemoryDiT(base)).dit
-    compile_blocks(dit, "aot_eager")
+    dit = DiT(replace(base.dit, layers=2))
+    if option == "cross_attention":
+        dit.add_cross_attention()
+    compile_blocks(randomize(dit), "aot_eager")
     x, t, text = randn(2, 16, 4, 8, 8), torch.tensor([300.0, 900.0]), randn(2, 24, 16)
     for M in 8, 24, 40:
         memory = randn(2, M, 48, seed=M), randn(M, 3)
+        memory = dit.cache_memory(*memory) if option == "cache_memory" else memory
         dit(x, t, text, memory=memory).square().mean().backward()
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == (2 if option == "cache_memory" else 1)
     torch._dynamo.reset()
 
 

@@ -148,8 +148,8 @@ def test_sample_writes_nothing_that_is_not_finite(capsys):
         ("method", "keyframes", "finetune.py"),
         ("method", "none", "finetune.py"),
         ("rate", "3x3x3", "--rate"),
-        ("window", 0, "--window"),
-        ("window", 3, "drop it"),
+        ("window", -1, "--window"),
+        ("window", 3, "finetune.py"),
         ("steps", 0, "--steps"),
         ("step", 3, "--steps"),
         ("batch", 0, "--batch"),
@@ -190,6 +190,13 @@ def test_stages_refuse_settings_that_do_not_fit_together(refused, cache):
     assert "8x8 tokens" in refused(pretrain.main, *flags(cache, preset="nano", rate="32x1x1"))
     assert "drop it" in refused(finetune.main, *flags(cache, method="keyframes", encoder="runs/other"))
     assert "--freeze_encoder" in refused(finetune.main, *flags(cache, out="out", method="none", freeze_encoder=True))
+    for says, given in {
+        "--window": dict(method="none", window=2),
+        "--anchor": dict(method="full", anchor=True),
+        "not together": dict(cross_attention=True, cache_memory=True),
+        "--history_noise": dict(history_noise=1.5),
+    }.items():
+        assert says in refused(finetune.main, *flags(cache, out="out", **given))
     used = Path("used")
     used.mkdir()
     (used / "state.pt").touch()

@@ -13,7 +13,8 @@ import finetune
 import sample
 from data import check_prompts
 from dolls.stories import make_story
-from encoder import Memory, MemoryDiT, find_method, load_model
+from encoder import MemoryDiT, find_method, load_model
+from sample import Memory
 from tests.common import (
     ROOT,
     flags,
@@ -44,7 +45,7 @@ def test_other_methods_go_through_stage_2_and_sampling(method, given, count, cac
         given = {**given, "encoder": "runs/pretrain"}
     run(finetune.main, *flags(cache, out="run", method=method, rate="4x4x2", steps=1, **given))
     path = "run/model.safetensors"
-    assert load_model(path, tiny_base()).encoder.window == read_config(path)["window"] == given.get("window", 1)
+    assert load_model(path, tiny_base()).config.window == read_config(path)["window"] == given.get("window", 0)
     write_video("clip.mp4", 12)
     common = "--history", "clip.mp4", "--checkpoint", path
     run(sample.main, *common, "--seconds=2", "--steps=1", "--save_file=b.mp4")

@@ -13,7 +13,7 @@ import pytest
 import finetune
 import pretrain
 import sample
-from encoder import Memory
+from sample import Memory
 from tests.common import flags, run, write_checkpoint, write_video
 from tests.processes import crash, loss_gaps, posix
 

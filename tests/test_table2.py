@@ -13,10 +13,11 @@ from data import story_clips
 from dolls import scores
 from dolls.drawing import render
 from dolls.stories import world_seed
-from encoder import METHODS, Memory, MemoryDiT, load_model
+from encoder import METHODS, MemoryDiT, load_model
 from eval import main, psnr
 from model import sample
 from pretrain import generator
+from sample import Memory
 from tests.common import TINY, randomize, read_csv, run, tiny_base, write_checkpoint
 from util.device import autocast
 from util.video import to_frames, to_pixels, video_info

@@ -17,9 +17,10 @@ import finetune
 import pretrain
 from bases.base import Base
 from data import story_clips
-from encoder import METHODS, HighRes, Memory, MemoryDiT, load_model
+from encoder import METHODS, HighRes, MemoryDiT, load_model
 from model import noise_levels, sample
 from pretrain import draw_retrieval
+from sample import Memory
 from tests.common import (
     SETTINGS,
     TINY,

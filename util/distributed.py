@@ -137,6 +137,7 @@ def compile_blocks(dit, backend="inductor"):
     torch._dynamo.config.optimize_ddp = False
     # in Block.forward, the numbers of tokens and of memory tokens change with the history: taken for constants,
     # they would make every block compile twice
-    torch.compiler.config.dynamic_sources = "L['x']:1,L['rotations']:1,L['M']"
+    memory = "L['M'],L['memory']:1,L['cached'][0]:2,L['cached'][1]:2"
+    torch.compiler.config.dynamic_sources = f"L['x']:1,L['rotations']:1,{memory}"
     for block in dit.blocks:
         block.compile(backend=backend)

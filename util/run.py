@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from util.checkpoint import start_log
 from util.cli import Failure, UserError, warn
-from util.files import lock_folder
+from util.files import lock_folder, shipped
+from util.weights import own_config, weight_files
 
 MOST_SKIPPED = 10  # steps in a row whose gradient is not finite, then the run is given up
 
@@ -36,6 +37,23 @@ def describe(batch, micro_batch, model, base, processes):
         f"memory: {tokens} tokens for a history of {base.history} latents of {height}x{width} (uncompressed: "
         f"{uncompressed}); {base.dit.dim * tokens / history.numel():.3g} channels per latent value"
     )
+
+
+def check_init(config):
+    """Refuse a base of another preset, and a LoRA on random weights. Raises UserError."""
+    if config.init == "random":
+        if config.lora:
+            raise UserError(
+                f"--init random --lora {config.lora}: a checkpoint would hold the LoRA, but not the random "
+                "weights under it; give --init a base, or --lora 0"
+            )
+        return
+    trained = own_config(weight_files(shipped(config.init))[0])
+    if trained and trained["preset"] != config.preset:
+        raise UserError(
+            f"--init {config.init} was trained with --preset {trained['preset']}, not {config.preset}: give a base of "
+            "that preset, or train one with finetune.py --method none --init random"
+        )
 
 
 def claim_folder(out, resume, processes):

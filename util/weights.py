@@ -73,7 +73,8 @@ def read_config(path):
             "theirs"
         )
     source = f"the config in the header of {path}"
-    types = dict(method=str, rate=str, window=int, step=int, seed=int)
+    types = dict(method=str, rate=str, window=int, anchor=bool, cross_attention=bool, cache_memory=bool)
+    types |= dict(step=int, seed=int)
     return parse_json(json.dumps(config), source, "train it again, or name another", **types)
 
 
