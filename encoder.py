@@ -1,5 +1,5 @@
 """The memory encoder φ: a long history of latents in, a short sequence of DiT tokens out. Also MemoryDiT, what is
-trained, and Memory, what grows while sampling.
+trained.
 
 Two branches over the same blocks of the history, summed (paper, section 3.3). A rate HxWxT says how many tokens of the
 DiT's grid one memory token stands for:

@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from model import add_noise, sample
+from model import add_noise
+from sample import sample
 from util.cli import UserError, run_command, run_main
 from util.device import autocast
 from util.sheets import save_contact_sheet

@@ -371,34 +371,3 @@ def add_noise(x0, noise, t):
     """x_t = (1 - t) x_0 + t ε, with t (B,) broadcast over x0 (B, ...)."""
     t = t.view(-1, *[1] * (x0.ndim - 1)).to(x0)
     return (1 - t) * x0 + t * noise
-
-
-def euler(velocity, x, levels):
-    """A solver: integrate dx = v dt from noise x (B, ...) at t = 1 to data at t = 0 along `levels` (S + 1,).
-
-    velocity(x, t) is called once per step, t a float. Other solvers take the same arguments.
-    """
-    for t, t_next in zip(levels[:-1], levels[1:]):
-        x = x + float(t_next - t) * velocity(x, float(t))
-    return x
-
-
-@torch.no_grad()
-def sample(dit, noise, text, times, memory, steps, shift=1.0, guidance=1.0, solver=euler):
-    """Generate x_0, shaped like noise (B, C, F, H, W); text, times, memory as in DiT.forward.
-
-    With one Euler step, shift has no effect and the result is the conditional mean. Classifier-free guidance drops only
-    the prompt: both passes read the memory.
-    """
-
-    def velocity(x, t):
-        timestep = torch.full((len(x),), 1000 * t, device=x.device)
-        v = dit(x, timestep, text, times, memory)
-        if guidance == 1:
-            return v
-        without_prompt = dit(x, timestep, torch.zeros_like(text), times, memory)
-        return without_prompt + guidance * (v - without_prompt)
-
-    levels = torch.linspace(1, 0, steps + 1)
-    levels = shift * levels / (1 + (shift - 1) * levels)
-    return solver(velocity, noise, levels)

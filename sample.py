@@ -17,7 +17,6 @@ import torch
 from bases import open_base
 from data import check_prompts
 from encoder import MemoryDiT, load_model
-from model import sample
 from util.cli import Failure, UserError, load_object, parse_flags, run_main, warn
 from util.device import autocast, peak_memory, pick_device
 from util.files import shipped, unused
@@ -29,7 +28,7 @@ from util.video import has_sound, to_frames, to_pixels
 from util.video_writer import VideoWriter
 from util.weights import read_config, weight_files
 
-SOLVERS = {"euler": "model.euler"}  # add new ones here
+SOLVERS = {"euler": "sample.euler"}  # add new ones here
 # the same flags as Wan's generate.py calls them
 WAN_FLAGS = dict(steps="--sample_steps", shift="--sample_shift", guidance="--sample_guide_scale", seed="--base_seed")
 
@@ -56,7 +55,42 @@ class SampleConfig:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Generate
+# From noise to latents
+
+
+def euler(velocity, x, levels):
+    """A solver: integrate dx = v dt from noise x (B, ...) at t = 1 to data at t = 0 along `levels` (S + 1,).
+
+    velocity(x, t) is called once per step, t a float. Other solvers take the same arguments.
+    """
+    for t, t_next in zip(levels[:-1], levels[1:]):
+        x = x + float(t_next - t) * velocity(x, float(t))
+    return x
+
+
+@torch.no_grad()
+def sample(dit, noise, text, times, memory, steps, shift=1.0, guidance=1.0, solver=euler):
+    """Generate x_0, shaped like noise (B, C, F, H, W); text, times, memory as in DiT.forward.
+
+    With one Euler step, shift has no effect and the result is the conditional mean. Classifier-free guidance drops only
+    the prompt: both passes read the memory.
+    """
+
+    def velocity(x, t):
+        timestep = torch.full((len(x),), 1000 * t, device=x.device)
+        v = dit(x, timestep, text, times, memory)
+        if guidance == 1:
+            return v
+        without_prompt = dit(x, timestep, torch.zeros_like(text), times, memory)
+        return without_prompt + guidance * (v - without_prompt)
+
+    levels = torch.linspace(1, 0, steps + 1)
+    levels = shift * levels / (1 + (shift - 1) * levels)
+    return solver(velocity, noise, levels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory that grows, section by section
 
 
 class Memory:

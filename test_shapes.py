@@ -14,9 +14,9 @@ from data import Clip, Clips
 from encoder import METHODS, MemoryDiT, find_method, parse_rate
 from eval import psnr, ssim
 from finetune import FinetuneConfig, draw_continuation
-from model import DiT, DiTConfig, add_noise, rope, sample, token_positions
+from model import DiT, DiTConfig, add_noise, rope, token_positions
 from pretrain import PretrainConfig, draw_retrieval
-from sample import Memory, SampleConfig, continue_video
+from sample import Memory, SampleConfig, continue_video, sample
 from tests.common import BlockCodec
 from util.optim import EMA, make_optimizers, set_learning_rate
 

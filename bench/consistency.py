@@ -20,9 +20,8 @@ from bench.speed import alternate
 from bench.stats import per_clip
 from dolls.dataset import STORY_SECTIONS
 from dolls.scores import MAIN, score
-from model import sample
 from pretrain import generator
-from sample import Memory
+from sample import Memory, sample
 from util.cli import UserError
 from util.device import autocast, pick_device
 from util.video import to_frames, to_pixels

@@ -18,8 +18,8 @@ from data import Clip, Clips
 from dolls.dataset import HISTORY_SECTIONS
 from eval import psnr, save_preview, ssim
 from finetune import section_batch
-from model import sample
 from pretrain import PretrainConfig, collate, draw_retrieval, generator
+from sample import sample
 from util.cli import UserError, warn
 from util.device import autocast, pick_device
 from util.files import check_output

@@ -17,7 +17,7 @@ from bench.lpips import LPIPS
 from bench.retrieval import RetrievalConfig, clean_retrieval, measure, reconstruct
 from data import story_clips
 from encoder import MemoryDiT
-from model import sample
+from sample import sample
 from tests.common import randn, randomize, run, tiny_base, write_checkpoint, write_video
 from util.cli import UserError
 from util.device import autocast

@@ -13,7 +13,8 @@ import pretrain
 from bench.nets import diffusers_dit
 from data import story_clips
 from encoder import MemoryDiT
-from model import DiT, DiTConfig, add_noise, sample
+from model import DiT, DiTConfig, add_noise
+from sample import sample
 from tests.common import ROOT, SHARED, flags, losses, randn, randomize, run, smaller, tiny_base
 from util import attention
 

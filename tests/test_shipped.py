@@ -10,7 +10,7 @@ from data import story_clips
 from dolls import scores
 from encoder import load_model
 from eval import psnr
-from model import sample
+from sample import sample
 from tests.common import ROOT, randn
 from util.video import to_frames
 from util.weights import read_config

@@ -13,8 +13,8 @@ from bench.runs import Row
 from data import story_clips
 from encoder import load_model
 from eval import main, psnr
-from model import sample
 from pretrain import PretrainConfig, draw_retrieval
+from sample import sample
 from tests.common import listing, randn, read_csv, run, tiny_base, write_checkpoint, write_video
 from tests.test_metrics import write_lpips
 from util.device import autocast

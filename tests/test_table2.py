@@ -15,9 +15,8 @@ from dolls.drawing import render
 from dolls.stories import world_seed
 from encoder import METHODS, MemoryDiT, load_model
 from eval import main, psnr
-from model import sample
 from pretrain import generator
-from sample import Memory
+from sample import Memory, sample
 from tests.common import TINY, randomize, read_csv, run, tiny_base, write_checkpoint
 from util.device import autocast
 from util.video import to_frames, to_pixels, video_info

@@ -18,9 +18,9 @@ import pretrain
 from bases.base import Base
 from data import story_clips
 from encoder import METHODS, HighRes, MemoryDiT, load_model
-from model import noise_levels, sample
+from model import noise_levels
 from pretrain import draw_retrieval
-from sample import Memory
+from sample import Memory, sample
 from tests.common import (
     SETTINGS,
     TINY,
