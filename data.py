@@ -215,9 +215,9 @@ def open_stories(argument, base, cache, n_clips, n_held_out, rate):
     return story_clips("train", n_clips, base, cache, rate), held_out
 
 
-def story_clips(split, count, base, cache, rate=None, keep_pixels=False):
-    """Stories of the paper-doll world as Clips; split: "train" or "held-out"."""
-    return Clips([Clip(**story) for story in dolls.load_stories(split, count, base, cache, rate, keep_pixels)])
+def story_clips(split, count, base, cache, rate=None, **kind):
+    """Stories of the paper-doll world as Clips; split: "train" or "held-out"; kind: see load_stories()."""
+    return Clips([Clip(**story) for story in dolls.load_stories(split, count, base, cache, rate, **kind)])
 
 
 def check_prompts(data, prompts):

@@ -18,7 +18,6 @@ from bench.budget import flops
 from bench.runs import EvalConfig, describe_machine, measure_runs, open_checkpoint, question
 from bench.speed import alternate
 from bench.stats import per_clip
-from dolls.dataset import STORY_SECTIONS
 from dolls.scores import MAIN, score
 from pretrain import generator
 from sample import Memory, sample
@@ -33,16 +32,12 @@ class StoryConfig(EvalConfig):
     out: str = "out"  # folder for table2_story.csv, .png and _strip.png
 
 
-def story_base(runs, sections=1):
-    """(base of the runs, sections of its history). Stories must have so many, and `sections` more: raises UserError."""
+def story_base(runs):
+    """(base of the runs, sections of its history). Raises UserError for a base without stories."""
     base = open_base(next(iter(runs.values()))["preset"])
-    first = base.history // base.section
-    if base.needs_cache or first + sections > STORY_SECTIONS:
-        raise UserError(
-            f"{sections} sections after the {first} of a history of --preset {base.name}: stories of the paper-doll "
-            f"world have {STORY_SECTIONS}; give runs of --preset nano and fewer --sections"
-        )
-    return base, first
+    if base.needs_cache:
+        raise UserError(f"--preset {base.name}: stories of the paper-doll world are for runs of nano and small")
+    return base, base.history // base.section
 
 
 @torch.no_grad()

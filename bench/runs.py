@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from bases import open_base
 from bench.stats import interval, per_clip
 from data import story_clips
+from dolls.dataset import STORY_SECTIONS
 from encoder import find_method, load_model
 from util.checkpoint import read_log
 from util.cli import UserError, check_numbers, parse_flags, warn
@@ -76,7 +77,7 @@ def open_checkpoint(path, config, stage):
     return load_model(path, base, getattr(config, "init", ""), device), base, trained
 
 
-def stories(config, base, rate=None):
+def stories(config, base, rate=None, sections=STORY_SECTIONS):
     """The first --clips held-out stories, encoded, with their pixels; with `low` of a rate (t, h, w). Raises UserError
     for a base not made for them."""
     if base.needs_cache:
@@ -84,7 +85,7 @@ def stories(config, base, rate=None):
             "the held-out stories are paper dolls, for presets nano and small: give your own clips, with --history "
             "(retrieval) or --data FOLDER (table1)"
         )
-    return story_clips("held-out", config.clips, base, config.cache, rate, keep_pixels=True)
+    return story_clips("held-out", config.clips, base, config.cache, rate, keep_pixels=True, sections=sections)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

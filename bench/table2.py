@@ -18,6 +18,7 @@ from bench.plots import plot
 from bench.report import compare, describe_runs, expected_pairs, markdown, write_table
 from bench.runs import first_seeds, parse_runs, read_runs, stories
 from bench.stats import interval, rank_correlation
+from dolls.dataset import STORY_SECTIONS
 from dolls.scores import MAIN
 from util.cli import UserError
 from util.files import check_outputs
@@ -138,6 +139,23 @@ def differences(rows, everything):
     return lines
 
 
+def drift(rows, sections):
+    """Lines of Markdown: how the scores of the last 15 % of the sections differ from those of the first 15 %."""
+    n = round(0.15 * sections)
+    if n == 0:
+        return []
+    lines = []
+    for row in rows:
+        cells = []
+        for metric in (*MAIN, "psnr", "position_error"):
+            values = row.values[metric]  # (stories, sections), nan where nothing is asked
+            first, last = values[:, :n].nanmean().item(), values[:, -n:].nanmean().item()
+            cells.append(f"{first:.1f} → {last:.1f} ({last - first:+.1f})")
+        lines.append([row.name, *cells])
+    title = f"Drift over {sections} sections: mean of the first {n} → of the last {n}"
+    return ["", title, "", *markdown(["method", *MAIN, "PSNR, dB", "position error, px"], lines)]
+
+
 def explain_scores(ceiling):
     """The paragraph of the Markdown file that says what the scores are. ceiling: see describe()."""
     counts = [f"{int((~ceiling[name].isnan()).sum())} for {name}" for name in MAIN]
@@ -176,6 +194,7 @@ def describe(rows, everything, config, ceiling):
         "`keyframes` stands in for WanI2V + QwenEdit (2p), which needs two other models.",
         *papers_table(rows),
         *differences(rows, everything),
+        *drift(rows, config.sections),
         *describe_runs(everything, "consistency", "the mean of the four", "percentage points"),
     ]
 
@@ -281,8 +300,8 @@ def table2(argv):
     runs, retrieved = read_runs(folders, "table2", "finetune", "table2"), read_table1(Path(config.out) / "table1.csv")
     check_outputs(Path(config.out) / "table2", (".md", ".csv", ".png", ".mp4"))
     check_outputs(Path(config.out) / "table2", ("_seeds.csv", "_curves.png", "_sections.png", "_claim.png"))
-    base, first = story_base(runs, config.sections)
-    clips = stories(config, base)
+    base, first = story_base(runs)
+    clips = stories(config, base, sections=max(STORY_SECTIONS, first + config.sections))
 
     def select(made):
         return made[:1].flatten(1, 2)  # of the first story

@@ -20,20 +20,20 @@ UNKNOWN_WORDS = (
 )
 
 
-def story_pixels(split, index, base):
+def story_pixels(split, index, base, sections=STORY_SECTIONS):
     """A Story and its frames, uint8 (F, H, W, 3), at the first size of a base."""
-    story = make_story(world_seed(split, index), STORY_SECTIONS)
+    story = make_story(world_seed(split, index), sections)
     return story, render(story, None, base.section, *base.sizes[0])[0]
 
 
-def load_latents(split, count, base, cache, rates):
+def load_latents(split, count, base, cache, rates, sections):
     """Latents (count, C, F, h, w) float16 of the first stories of a split for each of `rates`, see encode_frames();
     drawn and encoded unless they are cached under all that they depend on. Raises UserError if a file is damaged."""
-    settings = WORLD_VERSION, base.sizes[0], base.section, base.codec.settings, STORY_SECTIONS
+    settings = WORLD_VERSION, base.sizes[0], base.section, base.codec.settings, sections
 
     def make(missing):
         numbers = tqdm(range(count), desc=f"drawing {split} stories")
-        encoded = [encode_frames(story_pixels(split, i, base)[1], base.codec, missing) for i in numbers]
+        encoded = [encode_frames(story_pixels(split, i, base, sections)[1], base.codec, missing) for i in numbers]
         return [torch.stack(latents) for latents in zip(*encoded)]
 
     name = f"world-{split}-{count}"
@@ -41,18 +41,18 @@ def load_latents(split, count, base, cache, rates):
     return load_or_make(files, make)
 
 
-def load_stories(split, count, base, cache, rate=None, keep_pixels=False):
-    """The first `count` stories of a split ("train" or "held-out"), one dict per story:
+def load_stories(split, count, base, cache, rate=None, keep_pixels=False, sections=STORY_SECTIONS):
+    """The first `count` stories of a split ("train" or "held-out"), of so many sections, one dict per story:
 
     latents (C, F, h, w) float16; low, the same of the smaller video, if a rate (t, h, w) is given; storyboard [(first
     latent frame, prompt)]; pixels uint8 (F, H, W, 3), or None unless keep_pixels; story, the Story.
     """
     clips = []
-    rows = zip(*load_latents(split, count, base, cache, [None, rate] if rate else [None]))
+    rows = zip(*load_latents(split, count, base, cache, [None, rate] if rate else [None], sections))
     for i, (latents, *low) in enumerate(rows):
-        story = make_story(world_seed(split, i), STORY_SECTIONS)
-        storyboard = [(k * base.section, story.caption(k)) for k in range(STORY_SECTIONS)]
-        pixels = torch.from_numpy(story_pixels(split, i, base)[1]) if keep_pixels else None
+        story = make_story(world_seed(split, i), sections)
+        storyboard = [(k * base.section, story.caption(k)) for k in range(sections)]
+        pixels = torch.from_numpy(story_pixels(split, i, base, sections)[1]) if keep_pixels else None
         clip = dict(latents=latents, storyboard=storyboard, pixels=pixels, story=story)
         clips.append(clip | dict(zip(["low"], low)))
     return clips
