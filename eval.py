@@ -21,7 +21,7 @@ from model import add_noise
 from sample import sample
 from util.cli import UserError, run_command, run_main
 from util.device import autocast
-from util.sheets import save_contact_sheet
+from util.sheets import save_preview
 from util.video import to_frames
 
 COMMANDS = {
@@ -138,15 +138,6 @@ def validate(config, base, model, draw, clips, step, processes):
     if processes.rank == 0 and pictures:
         save_preview(Path(config.out) / f"preview_{step + 1:06d}.png", *pictures, replace=True)
     return {name: round(totals[name] / counts[name], 4) for name in totals}
-
-
-def save_preview(path, truth, result, n_clips=4, replace=False):
-    """Write a PNG of the first clips with three rows each: original frames, what the model made, their difference."""
-    rows = []
-    for a, b in zip(truth[:n_clips], result[:n_clips]):
-        difference = (a.int() - b.int()).abs().clamp(max=255).to(torch.uint8)
-        rows += [("original", a), ("model", b), ("difference", difference)]
-    save_contact_sheet(rows, path, replace=replace)
 
 
 def main():

@@ -17,8 +17,8 @@ import torch
 from encoder import find_method
 from model import add_noise
 from pretrain import Batch, Config, check, collate, generator, noise_level, setup, train
-from util.cli import UserError, parse_flags, run_main
-from util.weights import load_weights, read_config
+from util.cli import parse_flags, run_main
+from util.run import check_encoder, encoder_file, load_encoder
 
 
 @dataclass
@@ -94,54 +94,15 @@ def section_batch(base, encoder, clip, first, begin, text, t, g, history_noise=0
     return Batch(high, low, target, times, noise, t, text, truth)
 
 
-def encoder_file(config):
-    """The weights of --encoder, or None for a fresh φ. Raises UserError if that run has another preset, method or
-    rate."""
-    if not find_method(config.method).has_stage1 or config.encoder == "none":
-        return None
-    path = Path(config.encoder)
-    if not path.exists():
-        raise UserError(f"--encoder {config.encoder} is not there: run pretrain.py first, or give none for a fresh φ")
-    path = path / "model.safetensors" if path.is_dir() else path
-    theirs = read_config(path)
-    for key in ("preset", "method", "rate"):
-        if theirs.get(key) != getattr(config, key):
-            raise UserError(
-                f"--encoder {config.encoder} has --{key} {theirs.get(key)}, but {getattr(config, key)} is asked for"
-            )
-    return path
-
-
-def load_encoder(encoder, path, device):
-    """Read φ from a run of either stage; returns a line that names the run and its step."""
-
-    def rename(name):
-        return name.removeprefix("encoder.") if name.startswith("encoder.") else None
-
-    load_weights(encoder, [path], rename, device=device)
-    trained = read_config(path)
-    return f"φ: {path}, of {trained['stage']}.py, step {trained.get('step')} of {trained.get('steps')}"
-
-
-def check_encoder(config):
-    """Reject contradictory encoder flags. Raises UserError."""
-    has_stage1 = find_method(config.method).has_stage1
-    if not has_stage1 and config.encoder not in (FinetuneConfig.encoder, "none"):
-        raise UserError(f"--encoder {config.encoder}: --method {config.method} has no φ of stage 1; drop it")
-    if config.freeze_encoder and config.method == "none":
-        raise UserError("--freeze_encoder --method none: there is no memory encoder to freeze; drop one of the two")
-    if config.freeze_encoder and config.encoder == "none":
-        raise UserError("--freeze_encoder --encoder none: freezing an untrained φ is pointless; drop one of the two")
-
-
 def main():
     """Check the flags, build model and data, put φ of stage 1 into it, train."""
     config = parse_flags(FinetuneConfig, __doc__)
     check(config)
-    check_encoder(config)
+    has_stage1 = find_method(config.method).has_stage1
+    check_encoder(config, has_stage1)
     config.out = config.out or ("runs/base" if config.method == "none" else "runs/finetune")
     resumed = config.resume and (Path(config.out) / "state.pt").is_file()  # then φ comes from there
-    path = None if resumed else encoder_file(config)
+    path = None if resumed else encoder_file(config, has_stage1)
     model, base, processes, clips, held_out = setup(config)
     if path:
         loaded = load_encoder(model.encoder, path, processes.device)

@@ -9,7 +9,6 @@ Writes the history with its continuation to --save_file, and a contact sheet bes
 
 import math
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,7 @@ from bases import open_base
 from data import check_prompts
 from encoder import MemoryDiT, load_model
 from util.cli import Failure, UserError, load_object, parse_flags, run_main, warn
-from util.device import autocast, peak_memory, pick_device
+from util.device import autocast, make_room, peak_memory, pick_device
 from util.files import shipped, unused
 from util.folder import copy_history, stream_clip
 from util.sections import n_sections, output_file, section_prompts, sections_remembered, write_sections
@@ -177,17 +176,6 @@ def continue_video(model, base, memory, decode, texts, config, size):
         with autocast(device):
             memory.append(x, pixels)
         yield to_frames(pixels)[0].cpu(), time.perf_counter() - started
-
-
-@contextmanager
-def make_room(model, codec):
-    """Let the model wait in host memory while a large codec works: side by side they would not fit 12 GB."""
-    device = next(model.parameters()).device
-    if device.type == "cuda" and codec.large:
-        model.to("cpu")
-        torch.cuda.empty_cache()
-    yield
-    model.to(device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

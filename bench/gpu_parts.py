@@ -24,11 +24,12 @@ import bases
 from bench.budget import memory_tokens, random_history
 from bench.speed import SpeedConfig, alternate, compiled_twin, training_step
 from encoder import MemoryDiT
-from finetune import FinetuneConfig, draw_continuation, load_encoder
+from finetune import FinetuneConfig, draw_continuation
 from pretrain import PretrainConfig, check, draw_retrieval, setup, train
 from util.device import autocast, compute_dtype, peak_memory
 from util.distributed import Processes, compile_blocks
 from util.optim import make_optimizers
+from util.run import load_encoder
 
 NOT_ON_CPU = "not on a CPU"
 

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from contextlib import contextmanager
 
 import torch
 
@@ -54,3 +55,14 @@ def peak_memory(device):
     except ImportError:
         return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+
+@contextmanager
+def make_room(model, codec):
+    """Let the model wait in host memory while a large codec works: side by side they would not fit 12 GB."""
+    device = next(model.parameters()).device
+    if device.type == "cuda" and codec.large:
+        model.to("cpu")
+        torch.cuda.empty_cache()
+    yield
+    model.to(device)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from util.checkpoint import start_log
 from util.cli import Failure, UserError, warn
 from util.files import lock_folder, shipped
-from util.weights import own_config, weight_files
+from util.weights import load_weights, own_config, read_config, weight_files
 
 MOST_SKIPPED = 10  # steps in a row whose gradient is not finite, then the run is given up
 
@@ -54,6 +54,45 @@ def check_init(config):
             f"--init {config.init} was trained with --preset {trained['preset']}, not {config.preset}: give a base of "
             "that preset, or train one with finetune.py --method none --init random"
         )
+
+
+def check_encoder(config, has_stage1):
+    """Refuse contradictory encoder flags of stage 2. has_stage1: of its method. Raises UserError."""
+    if not has_stage1 and config.encoder not in (type(config).encoder, "none"):
+        raise UserError(f"--encoder {config.encoder}: --method {config.method} has no φ of stage 1; drop it")
+    if config.freeze_encoder and config.method == "none":
+        raise UserError("--freeze_encoder --method none: there is no memory encoder to freeze; drop one of the two")
+    if config.freeze_encoder and config.encoder == "none":
+        raise UserError("--freeze_encoder --encoder none: freezing an untrained φ is pointless; drop one of the two")
+
+
+def encoder_file(config, has_stage1):
+    """The weights of --encoder, or None for a fresh φ. Raises UserError if that run has another preset, method or
+    rate."""
+    if not has_stage1 or config.encoder == "none":
+        return None
+    path = Path(config.encoder)
+    if not path.exists():
+        raise UserError(f"--encoder {config.encoder} is not there: run pretrain.py first, or give none for a fresh φ")
+    path = path / "model.safetensors" if path.is_dir() else path
+    theirs = read_config(path)
+    for key in ("preset", "method", "rate"):
+        if theirs.get(key) != getattr(config, key):
+            raise UserError(
+                f"--encoder {config.encoder} has --{key} {theirs.get(key)}, but {getattr(config, key)} is asked for"
+            )
+    return path
+
+
+def load_encoder(encoder, path, device):
+    """Read φ from a run of either stage; returns a line that names the run and its step."""
+
+    def rename(name):
+        return name.removeprefix("encoder.") if name.startswith("encoder.") else None
+
+    load_weights(encoder, [path], rename, device=device)
+    trained = read_config(path)
+    return f"φ: {path}, of {trained['stage']}.py, step {trained.get('step')} of {trained.get('steps')}"
 
 
 def claim_folder(out, resume, processes):

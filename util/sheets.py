@@ -86,3 +86,12 @@ class SectionSheet:
             seconds = first * self.every / self.fps
             rows.append((f"new, from {seconds:g} s\nafter its end", kept[first : first + COLUMNS]))
         save_contact_sheet(rows, path)
+
+
+def save_preview(path, truth, result, n_clips=4, replace=False):
+    """Write a PNG of the first clips with three rows each: original frames, what the model made, their difference."""
+    rows = []
+    for a, b in zip(truth[:n_clips], result[:n_clips]):
+        difference = (a.int() - b.int()).abs().clamp(max=255).to(torch.uint8)
+        rows += [("original", a), ("model", b), ("difference", difference)]
+    save_contact_sheet(rows, path, replace=replace)
