@@ -361,6 +361,7 @@ def load_model(path, base, init="", device="cpu"):
     UserError.
     """
     config = read_config(path)
+    base.check_codec(path, config)
     model = MemoryDiT(base, **{f.name: config[f.name] for f in fields(MemoryConfig)}, empty=True)
     if init and not config.get("lora"):
         raise UserError(f"--init {init} does nothing: {path} holds its own DiT; drop it")

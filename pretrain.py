@@ -201,7 +201,7 @@ def train(config, stage, model, base, processes, clips, held_out, draw, draw_hel
                 record |= validate(config, base, model, draw_held_out, held_out, step, processes)
         run.log(record, due)
         if main and (due or stop) and not run.gave_up:
-            save(config, stage, step + 1, model, ema, optimizers, base.exports)
+            save(config, stage, step + 1, model, ema, optimizers, base.exports, base.codec.identity)
         if stop or run.gave_up:
             break
     del ddp  # freed here: destroying the process group from DDP's destructor can deadlock on the GIL

@@ -3,6 +3,8 @@
 Every frame is encoded alone. There are no norms over a picture, so a region's latents do not depend on the rest of it.
 """
 
+import hashlib
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from einops import rearrange
 
 from bases.base import Codec
 from util.device import autocast
-from util.files import file_hash, shipped
+from util.files import shipped
 from util.weights import load_weights
 
 WEIGHTS = "checkpoints/codec.safetensors"
@@ -78,6 +80,11 @@ class Autoencoder(nn.Module):
         """(B, 16, h, w) -> (B, 3, 8h, 8w), not clamped."""
         return self.decoder(latents)
 
+    def latents_hash(self):
+        """SHA-256 of what decides the latents: all weights but the decoder's."""
+        kept = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("decoder.")}
+        return hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in kept.values())).hexdigest()
+
     def saved_names(self):
         """The tensors of a checkpoint."""
         return list(self.state_dict())
@@ -97,7 +104,8 @@ class LearnedCodec(Codec):
         self.device, self.net = torch.device(device), Autoencoder()
         load_weights(self.net, [path], dtype=lambda name, tensor: torch.float32)
         self.net.eval().requires_grad_(False).to(device)
-        self.settings = ["autoencoder", file_hash(path)]
+        self.identity = self.net.latents_hash()
+        self.settings = ["autoencoder", self.identity]
 
     def encode(self, pixels):
         return self.map_frames(self.net.encode, pixels, pixels[0, 0, 0].numel())

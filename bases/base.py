@@ -10,6 +10,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from bases.lora import add_lora, merge_lora
 from bases.names import comfy_name, wan_name
 from model import Block, DiTConfig, pad_replicate
+from util.cli import UserError
 from util.device import compute_dtype
 from util.weights import load_weights, own_config, weight_files
 
@@ -53,12 +54,18 @@ class Base:
         """
         dtype = frozen_dtype(device) if frozen else lambda name, tensor: torch.float32
         files = weight_files(path)
-        own = own_config(files[0]) is not None  # of our own checkpoints, take the DiT alone
+        own = own_config(files[0])  # of our own checkpoints, take the DiT alone
+        self.check_codec(files[0], own or {})
 
         def rename(name):
             return None if own and name.startswith("encoder.") else self.rename(name)
 
         load_weights(dit, files, rename, device=device, dtype=dtype)
+
+    def check_codec(self, path, config):
+        """Raise UserError if a checkpoint with this config was trained on the latents of another codec."""
+        if config.get("codec") not in (None, self.codec.identity):
+            raise UserError(f"{path} was trained with another codec: give that one, --vae FILE")
 
     @contextmanager
     def random_frozen(self, device):
@@ -103,6 +110,7 @@ class Codec:
     decodes = True  # False where its weights are not at hand
     large = False  # True: the DiT has to make room while it decodes
     settings: list  # what a cache of latents depends on; None for weights that are not at hand
+    identity = None  # tells codecs of one preset apart by their latents, which DiTs are trained on
 
     def encode(self, pixels):
         """(B, 3, F, H, W) -> (B, C, f, h, w)."""

@@ -7,17 +7,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bases import codec as training
 from bases import open_base
-from bases.autoencoder import LearnedCodec
+from bases.autoencoder import WEIGHTS, LearnedCodec
 from dolls.dataset import story_pixels
+from encoder import load_model
 from eval import psnr
+from model import DiT
 from tests.common import greys, randn, run, stop_in_step, write_video
+from util.cli import UserError
 from util.device import compute_dtype
+from util.files import shipped
 from util.video import to_frames, to_pixels
 from util.video_writer import VideoWriter
+from util.weights import read_config
 
 
 def test_the_shipped_codec_on_held_out_stories():
@@ -33,6 +38,23 @@ def test_the_shipped_codec_on_held_out_stories():
     assert np.mean(found) > 33 and z.mean((0, 2, 3, 4)).abs().max() < 0.5 and 0.7 < z.var() < 1.3
     alone = base.codec.encode(to_pixels(story_pixels("held-out", 5, base)[1][4:5])[None])
     assert (alone - latents[-1][:, :, 1:2]).abs().max() < 0.1
+
+
+def test_a_checkpoint_names_its_codec_by_the_latents():
+    """Another decoder for the same latents fits; another encoder is refused, for the model and for --init."""
+    weights = load_file(shipped(WEIGHTS))
+    for part in "decoder.0.weight", "encoder.1.weight":
+        save_file(weights | {part: weights[part] * 1.01}, f"{part.split('.')[0]}.safetensors")
+    ours, decoder, encoder = (open_base("nano", name) for name in ("", "decoder.safetensors", "encoder.safetensors"))
+    trained = shipped("checkpoints/nano.safetensors")
+    config = read_config(trained) | {"codec": ours.codec.identity}
+    save_file(load_file(trained), "trained.safetensors", {"config": json.dumps(config)})
+    for base in ours, decoder:
+        load_model("trained.safetensors", base)
+        base.load_dit(DiT(base.dit), "trained.safetensors")
+    for load in load_model, lambda path, base: base.load_dit(DiT(base.dit), path):
+        with pytest.raises(UserError, match="trained with another codec: give that one, --vae FILE"):
+            load("trained.safetensors", encoder)
 
 
 def test_a_frame_may_be_cut():

@@ -17,18 +17,19 @@ FREE = ("steps", "out", "device", "compile", "resume", "cache", "save_every", "m
 FREE += ("sample_steps", "sample_shift", "vae")
 
 
-def save(config, stage, step, model, ema, optimizers, exports):
+def save(config, stage, step, model, ema, optimizers, exports, codec=None):
     """Write model.safetensors, the averaged weights that sample.py and eval.py read, and state.pt for --resume.
 
-    exports(tensors) -> {file name: {name: tensor}}: further files of these weights, for other programs. state.pt comes
-    last: a run killed between two files resumes from the older one and writes the others again.
+    exports(tensors) -> {file name: {name: tensor}}: further files of these weights, for other programs. codec: its
+    identity.
+    state.pt comes last: a run killed between two files resumes from the older one and writes the others again.
     """
     out, names = Path(config.out), model.saved_names()
 
     def tensors():
         return {name: tensor for name, tensor in model.state_dict().items() if name in names}
 
-    metadata = {"config": json.dumps({**asdict(config), "stage": stage, "step": step})}
+    metadata = {"config": json.dumps({**asdict(config), "stage": stage, "step": step, "codec": codec})}
     with ema.swapped():
         with atomic_write(out / "model.safetensors", replace=True) as path:
             save_file(tensors(), path, metadata)
