@@ -42,7 +42,7 @@ class MemoryConfig:
     """What a model's memory is. A checkpoint carries it."""
 
     method: str = "proposed"  # the kind of memory: a key of METHODS in encoder.py
-    rate: str = None  # compression on the DiT's token grid, rows x columns x frames [the preset's]
+    rate: str = None  # compression on the DiT's token grid, rows x columns x frames; A+B: two encoders [the preset's]
     window: int = 0  # stage 2: newest latent frames that memory also has uncompressed
     anchor: bool = False  # stage 2: the first one too
     cross_attention: bool = False  # the DiT's blocks also read φ's tokens through cross-attention of their own
@@ -54,9 +54,11 @@ class MemoryConfig:
 
     def check_memory(self, base):
         """Fill in the base's rate. Raises UserError."""
-        t, h, w = parse_rate(self.rate or base.rate, base)
-        self.rate = f"{h}x{w}x{t}"  # as checkpoints and tables name it
+        rates = [parse_rate(rate, base) for rate in (self.rate or base.rate).split("+")]
+        self.rate = "+".join(f"{h}x{w}x{t}" for t, h, w in rates)  # as checkpoints and tables name it
         method = find_method(self.method)
+        if len(rates) > (2 if "second_rate" in method.options else 1):
+            raise UserError(f"--rate {self.rate}: too many for --method {self.method}, give fewer")
         check_numbers(self, "window", 0)
         for key in ("window", "anchor", "cross_attention", "cache_memory"):
             if getattr(self, key) and key not in method.options:
@@ -159,10 +161,11 @@ class MemoryEncoder(nn.Module):
     has_segments = True  # frames are compressed as soon as they are a whole segment
     may_skip_weights = True  # for DDP: some batches may not use patch_embedding
     reads_low = False  # forward() reads `low`
-    options = ("window", "anchor", "cross_attention", "cache_memory")  # of MemoryConfig, that make sense
+    options = ("window", "anchor", "cross_attention", "cache_memory", "second_rate")  # of MemoryConfig, that make sense
 
     def __init__(self, base, rate, window=0, anchor=False):
         super().__init__()
+        rate, *second = rate.split("+")
         self.rate, self.segment, self.causal = parse_rate(rate, base), base.section, base.codec.causal
         self.patch, self.window, self.anchor = base.dit.patch, window, anchor
         if window or anchor:
@@ -171,6 +174,11 @@ class MemoryEncoder(nn.Module):
         self.build(base)
         # φ's own copy of the DiT's patch embedding, for uncompressed frames: so memory does not depend on the DiT's own
         self.patch_embedding = PatchEmbedding(base.dit.in_dim, base.dit.dim, self.patch)
+        self.second = (
+            WithoutLR(base, *second) if second else None
+        )  # a second encoder: its tokens lie beside the first's
+        if second:
+            self.second.patch_embedding = None  # uncompressed frames are there already
 
     def build(self, base):
         """Make the method's layers."""
@@ -217,7 +225,7 @@ class MemoryEncoder(nn.Module):
         if n:
             rest = self.encode_segments(high[:, :, lone:], low[:, :, lone:], start + lone, self.segment)
             parts.append((rest, n))
-        return parts
+        return parts + (self.second.encode_whole(high, low, start) if self.second else [])
 
     def encode_segments(self, high, low, start, length):
         """Segments of `length` latents, each alone: (B, C, F, H, W) -> (tokens (B, M, D), positions (M, 3))."""
@@ -231,7 +239,7 @@ class MemoryEncoder(nn.Module):
         t, h, w = self.rate
         t = min(t, size[0])  # a causal codec's lone latent keeps its own time
         f, rows, columns = (-(-n // b) for n, b in zip(size, (t, *self.block[1:])))
-        frames = torch.arange(f, device=self.patch_embedding.weight.device)  # nothing is copied from the host
+        frames = torch.arange(f, device=next(self.parameters()).device)  # nothing is copied from the host
         axes = token_positions(frames, rows, columns).unbind(-1)
         return torch.stack([x * n + (n - 1) / 2 + first for x, n, first in zip(axes, (t, h, w), (start, 0, 0))], -1)
 

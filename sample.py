@@ -123,8 +123,8 @@ class Memory:
             high, waiting = waiting[:, :, :n], waiting[:, :, n:]
             shown = 1 if encoder.lone(self.compressed) else n * self.codec.stride[0]  # frames
             low = self.encode_low(pixels[:, :, :shown]).to(high) if encoder.reads_low else high[:, :, :0]
-            ((memory, _),) = encoder.encode_whole(high, low, self.compressed)
-            self.segments.append((self.model.prepare(memory), n))
+            made = encoder.encode_whole(high, low, self.compressed)
+            self.segments.append((self.model.join([self.model.prepare(*part) for part in made]), n))
             self.compressed, pixels = self.compressed + n, pixels[:, :, shown:]
         kept = encoder.kept(times, self.compressed, self.frames, self.most and self.most * encoder.segment)
         self.latents, self.times = latents[:, :, kept], times[kept]

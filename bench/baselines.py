@@ -102,6 +102,7 @@ class SlidingWindow(MemoryEncoder):
     """The newest `window` frames, uncompressed; at least one."""
 
     has_stage1 = has_rate = has_segments = may_skip_weights = False
+    options = ("window", "anchor", "cross_attention", "cache_memory")
 
     def __init__(self, base, rate, window=0, anchor=False):
         super().__init__(base, rate, max(1, window), anchor)

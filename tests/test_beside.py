@@ -63,14 +63,40 @@ def test_window_and_anchor(memory, kept):
 
 
 @pytest.mark.parametrize("pieces", [(11,), (3, 3, 3, 2), (1,) * 11])
-@pytest.mark.parametrize("memory", [*(m for m, _ in BESIDE), dict(cache_memory=True, window=5, anchor=True)])
+@pytest.mark.parametrize("memory", [*(m for m, _ in BESIDE), dict(cache_memory=True, window=5, rate="2x2x2+1x1x4")])
 @torch.no_grad()
 def test_a_growing_memory_equals_the_whole(memory, pieces):
     base, x = tiny_base(), randn(1, 16, 11, 8, 8)
     made = make(base, **memory)
     low = smaller(x[:, :, :8], made.encoder.rate)
     grown = remember(made, base, x, low, pieces)
-    assert is_close(grown.context(), made.remember(x, low)) and grown.uncompressed == 11 * 16
+    whole = made.remember(x, low)
+    if made.encoder.second:  # the same tokens in another order, which attention does not see
+        grown_cache, whole = (
+            [x.sort(dim=2).values for pair in cache for x in pair] for cache in (grown.context(), whole)
+        )
+        assert is_close(grown_cache, whole)
+    else:
+        assert is_close(grown.context(), whole)
+    assert grown.uncompressed == 11 * 16
+
+
+@torch.no_grad()
+def test_two_encoders():
+    """The second one's tokens lie beside the first's, at the centres of its own blocks."""
+    base, x = tiny_base(), randn(2, 16, 11, 8, 8)
+    made = make(base, rate="4x4x2+2x2x4")
+    low = smaller(x[:, :, :8], made.encoder.rate)
+    tokens, positions = made.encoder.encode(x, low)
+    first = MemoryDiT(base, rate="4x4x2").encoder
+    first.load_state_dict({k: v for k, v in made.encoder.state_dict().items() if not k.startswith("second")})
+    first = first.encode(x[:, :, :8], low)
+    second = made.encoder.second.encode(x[:, :, :8], low)
+    assert first[0].shape[1] == 4 and second[0].shape[1] == 8 and second[1][0].tolist() == [1.5, 0.5, 0.5]
+    kept = made.encoder.embed_frames(x[:, :, 8:], torch.arange(8, 11))
+    assert is_close(tokens, torch.cat([first[0], second[0], kept[0]], dim=1))
+    assert is_close(positions, torch.cat([first[1], second[1], kept[1]]))
+    assert not any("second.patch_embedding" in name for name in made.state_dict())
 
 
 @torch.no_grad()
@@ -155,7 +181,12 @@ def test_cached_memory_is_trained():
 
 
 @pytest.mark.parametrize(
-    "memory", [dict(window=2, anchor=True), dict(cross_attention=True), dict(cache_memory=True, window=1)]
+    "memory",
+    [
+        dict(window=2, anchor=True),
+        dict(cross_attention=True, rate="2x2x2+1x1x4"),
+        dict(cache_memory=True, window=1),
+    ],
 )
 def test_a_checkpoint_carries_its_options(cache, memory):
     """A training with them resumes, and sample.py and eval.py need no flag."""

@@ -148,6 +148,8 @@ def test_sample_writes_nothing_that_is_not_finite(capsys):
         ("method", "keyframes", "finetune.py"),
         ("method", "none", "finetune.py"),
         ("rate", "3x3x3", "--rate"),
+        ("rate", "4x4x2+2x2x8", "--rate 2x2x8"),
+        ("rate", "4x4x2+2x2x2+1x1x1", "too many"),
         ("window", -1, "--window"),
         ("window", 3, "finetune.py"),
         ("steps", 0, "--steps"),
