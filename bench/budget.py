@@ -70,23 +70,25 @@ def lora_parameters(c, rank):
 # FLOPs
 
 
-def flops(c, tokens, memory=0):
+def flops(c, tokens, memory=0, cached=False, cross_attention=False):
     """FLOPs of one DiT forward pass on one sample; elementwise operations are left out.
 
     tokens: noisy ones; memory: clean ones before them, which skip the patch embedding and the head, but with them the
-    time embedding is computed for two timesteps.
+    time embedding is computed for two timesteps. cached: their keys and values are there already. cross_attention: they
+    are read through that too.
     """
-    N, D, T = tokens + memory, c.dim, c.text_len
+    N, D, T = tokens if cached else tokens + memory, c.dim, c.text_len
     block = (
         12 * N * D**2  # q, k, v, o of self-attention; q, o of cross-attention
-        + 4 * N**2 * D  # products of self-attention
+        + 4 * N * (tokens + memory) * D  # products of self-attention
         + 4 * T * D**2  # k, v of cross-attention
         + 4 * N * T * D  # products of cross-attention
         + 4 * N * D * c.ffn_dim
+        + cross_attention * 4 * D * (tokens * D + memory * D + tokens * memory)
     )
     ends = 2 * tokens * math.prod(c.patch) * (c.in_dim + c.out_dim) * D
     text = 2 * T * (c.text_dim * D + D**2)
-    timesteps = 2 if memory else 1
+    timesteps = 2 if memory and not cached else 1
     return c.layers * block + ends + text + 2 * timesteps * (c.freq_dim * D + 7 * D**2)
 
 
@@ -257,7 +259,7 @@ def print_flops(base, encoder, rate, noisy, memory):
     phi, _ = encoder_cost(encoder, base, rate, base.history)
     section, _ = encoder_cost(encoder, base, rate, base.section, start=int(base.codec.causal))
     forward = [flops(c, n, memory) for n in noisy]
-    full = base.history * frame_tokens(base, base.sizes[0])
+    full, (t, h, w) = base.history * frame_tokens(base, base.sizes[0]), parse_rate(rate)
     rows = [
         ["", f"stage 1: {PretrainConfig.queries} query latents", f"stage 2: a section of {base.section}"],
         ["noisy + memory tokens", *(f"{n:,} + {memory:,}" for n in noisy)],
@@ -273,6 +275,12 @@ def print_flops(base, encoder, rate, noisy, memory):
     rows = [
         ["memory", "tokens", "DiT", "φ of the section"],
         [rate, f"{memory:,}", short(2 * steps * forward[1]), short(section)],
+        [
+            f"{rate}, --cache_memory",
+            f"{memory:,}",
+            short(2 * steps * flops(c, noisy[1], memory, cached=True)),
+            f"{short(section)} + {short(flops(c, base.section // t * frame_tokens(base, base.sizes[0], h, w)))}",
+        ],
         ["full, uncompressed", f"{full:,}", short(2 * steps * flops(c, noisy[1], full)), "–"],
     ]
     print_table(f"FLOPs per generated section: {steps} steps x 2 for guidance", rows)

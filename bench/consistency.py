@@ -77,26 +77,27 @@ def costs(model, base, clip, config):
     high = clip.cut(0, base.history).to(device)
     new, pixels = high[:, :, -base.section :], to_pixels(clip.pixels[None, : base.history]).to(device)
 
-    def encode(latents):
+    def remember(latents, read=model.remember):
         n = latents.shape[2]
         low = codec.low_encoder(encoder.rate)(pixels[:, :, :n]) if encoder.reads_low else latents[:, :, :0]
-        return encoder.encode(latents, low)
+        return read(latents, low)
 
     with torch.no_grad(), autocast(device), FlopCounterMode(display=False) as counter:
-        memory = encode(high)
+        memory, encoded = remember(high), remember(high, encoder.encode)
         before = counter.get_total_flops()
-        encode(new)
+        remember(new)
         of_encoder = counter.get_total_flops() - before
-    tokens = 0 if memory is None else memory[0].shape[1]
+    tokens = 0 if memory is None else encoded[0].shape[1]
     noisy = math.prod(new.shape[2:]) // math.prod(base.dit.patch)
+    options = dict(cached=model.config.cache_memory, cross_attention=model.config.cross_attention)
     text, t = clip.text(base.history, base.prompts).to(device), torch.full((1,), 500.0, device=device)
     times = base.history + torch.arange(base.section, device=device)
-    jobs = {"section": partial(model.dit, new, t, text, times, memory), "φ": partial(encode, new)}
+    jobs = {"section": partial(model.dit, new, t, text, times, memory), "φ": partial(remember, new)}
     with torch.no_grad(), autocast(device):
         spent = {name: 1000 * median(x) for name, x in alternate(jobs, 5, device).items()}
     return {
         "tokens": tokens,
-        "flops_per_section": calls * flops(base.dit, noisy, tokens) + of_encoder,
+        "flops_per_section": calls * flops(base.dit, noisy, tokens, **options) + of_encoder,
         "ms_per_section": round(calls * spent["section"] + spent["φ"], 1),
     }
 

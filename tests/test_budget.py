@@ -79,12 +79,16 @@ def countable_attention(monkeypatch):
     monkeypatch.setattr(model, "attention", attention_by_products)
 
 
-@pytest.mark.parametrize("M", [0, 7])
-def test_flops_of_the_dit_are_those_that_torch_counts(M, countable_attention):
+@pytest.mark.parametrize("M, options", [(0, {}), (7, {}), (7, {"cached": True}), (7, {"cross_attention": True})])
+def test_flops_of_the_dit_are_those_that_torch_counts(M, options, countable_attention):
     c = dataclasses.replace(CONFIG, out_dim=3)
-    memory = (randn(1, M, c.dim), torch.zeros(M, 3)) if M else None
+    dit, memory = DiT(c), (randn(1, M, c.dim), torch.zeros(M, 3)) if M else None
+    if "cross_attention" in options:
+        dit.add_cross_attention()
+    if "cached" in options:
+        memory = dit.cache_memory(*memory)
     x, t, text = randn(1, 4, 3, 4, 6), torch.tensor([5.0]), randn(1, 2, 16)
-    assert budget.flops(c, 3 * 2 * 3, M) == counted_flops(lambda: DiT(c)(x, t, text, memory=memory))
+    assert budget.flops(c, 3 * 2 * 3, M, **options) == counted_flops(lambda: dit(x, t, text, memory=memory))
 
 
 @pytest.mark.parametrize("preset, expected", [("wan-1.3b", 283e12), ("wan-14b", 1678e12)])
