@@ -48,6 +48,7 @@ class SampleConfig:
     device: str = "auto"  # auto, cpu, cuda, mps
     init: str = ""  # Wan: the base DiT under the checkpoint's LoRA; "random": random weights of --preset
     merge: bool = False  # add the LoRA to the base's weights first: faster, but rounded to the base's dtype
+    lora: str = ""  # LoRAs by others to add to the base's weights: FILE or FILE:strength, separated by blanks
     vae: str = ""  # Wan: local folder of its VAE ("random": random weights, for timing); nano, small: a codec file
     t5: str = ""  # Wan: local folder of umT5 in the diffusers layout
     preset: str = "nano"  # of --init random, which needs no checkpoint: to measure speed and memory
@@ -198,6 +199,7 @@ def open_model(config, base, device):
         model = load_model(config.checkpoint, base, config.init, device)
         if config.merge:
             base.merge_lora(model.dit)
+        base.apply_loras(model.dit, config.lora)
         return model
     with base.random_frozen(device):
         model = MemoryDiT(base)
@@ -262,9 +264,11 @@ def check(config):
         raise UserError(f"--seconds {config.seconds} makes no section: give at least {base.section / base.fps:g}")
     if config.init and trained.get("lora"):
         weight_files(config.init)  # not there? Say so before the VAE's work
-    for key, useless in {"prompt": random, "t5": random, "merge": not trained.get("lora")}.items():
+    for key, useless in dict(prompt=random, t5=random, lora=random, merge=not trained.get("lora")).items():
         if useless and getattr(config, key):
             raise UserError(f"--{key} does nothing for {'random weights' if random else config.checkpoint}: drop it")
+    if config.lora:  # do they fit? On the meta device this costs only reading them
+        base.apply_loras(MemoryDiT(base, empty=True).dit, config.lora)
     return base, trained
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from bases.external_lora import apply_loras
 from bases.lora import add_lora, merge_lora
 from bases.names import comfy_name, wan_name
 from model import Block, DiTConfig, pad_replicate
@@ -92,6 +93,10 @@ class Base:
     def merge_lora(self, dit):
         """Add the LoRA to the weights."""
         merge_lora(dit)
+
+    def apply_loras(self, dit, text):
+        """Add LoRAs by others to the weights, "FILE:strength FILE ...". Raises UserError; then nothing is changed."""
+        apply_loras(dit, text, self.rename)
 
     def exports(self, tensors):
         """{file name: {name: tensor}} of what others can read, from a checkpoint's tensors: its LoRA, for ComfyUI."""

@@ -91,15 +91,21 @@ def load_weights(module, files, rename=None, names=None, device="cpu", dtype=Non
     found = {}
     for name, (path, theirs) in places.items():
         with open_safetensors(path) as f:  # opened anew for each: a mapped file stays in memory until it is closed
-            tensor = f.get_tensor(theirs)
-            if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-                kind = str(tensor.dtype).removeprefix("torch.")
-                raise UserError(f"{path}: {theirs} is {kind}, which is not read: give the file in bf16, fp16 or fp32")
-            if not torch.stack(tensor.aminmax()).isfinite().all():  # no copy of the tensor's size
-                raise UserError(f"{path}: {theirs} holds values that are not finite; the file is damaged, use another")
+            tensor = read_tensor(f, path, theirs)
             target = dtype(name, wanted[name]) if dtype else wanted[name].dtype
             found[name] = tensor.to(device, target, copy=True)
     module.load_state_dict(found, strict=names is None, assign=True)
+
+
+def read_tensor(f, path, name):
+    """A tensor of an open safetensors file. Raises UserError unless it holds finite floats of 16, 32 or 64 bits."""
+    tensor = f.get_tensor(name)
+    if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(f"{path}: {name} is {kind}, which is not read: give the file in bf16, fp16 or fp32")
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():  # no copy of the tensor's size
+        raise UserError(f"{path}: {name} holds values that are not finite; the file is damaged, use another")
+    return tensor
 
 
 def locate_tensors(wanted, files, rename):
