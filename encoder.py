@@ -354,6 +354,10 @@ class MemoryDiT(nn.Module):
             return join(memories)
         return [[torch.cat(x, dim=2) for x in zip(*keys_values)] for keys_values in zip(*memories)]
 
+    def count(self, memory):
+        """How many tokens there are in what prepare() or join() returned."""
+        return 0 if memory is None else memory[0][0].shape[2] if self.config.cache_memory else memory[0].shape[1]
+
     def saved_names(self):
         """The tensors of a checkpoint: all but those of a frozen base under a LoRA."""
         names = list(self.state_dict())

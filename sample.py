@@ -223,10 +223,9 @@ def remember(config, base, history, device):
         context = memory.context()
     if context is None:
         warn(f"{config.checkpoint} is a model without memory: what it generates does not know the history")
-    tokens = 0 if context is None else context[0].shape[1]
     print(
-        f"history: {history.frames / base.fps:g} s, {history.frames} frames; memory: {tokens} tokens for its newest "
-        f"{len(history.remembered) / base.fps:g} s (uncompressed: {memory.uncompressed})"
+        f"history: {history.frames / base.fps:g} s, {history.frames} frames; memory: {model.count(context)} tokens for "
+        f"its newest {len(history.remembered) / base.fps:g} s (uncompressed: {memory.uncompressed})"
     )
     return model, memory, decode
 

@@ -77,17 +77,17 @@ def costs(model, base, clip, config):
     high = clip.cut(0, base.history).to(device)
     new, pixels = high[:, :, -base.section :], to_pixels(clip.pixels[None, : base.history]).to(device)
 
-    def remember(latents, read=model.remember):
+    def remember(latents):
         n = latents.shape[2]
         low = codec.low_encoder(encoder.rate)(pixels[:, :, :n]) if encoder.reads_low else latents[:, :, :0]
-        return read(latents, low)
+        return model.remember(latents, low)
 
     with torch.no_grad(), autocast(device), FlopCounterMode(display=False) as counter:
-        memory, encoded = remember(high), remember(high, encoder.encode)
+        memory = remember(high)
         before = counter.get_total_flops()
         remember(new)
         of_encoder = counter.get_total_flops() - before
-    tokens = 0 if memory is None else encoded[0].shape[1]
+    tokens = model.count(memory)
     noisy = math.prod(new.shape[2:]) // math.prod(base.dit.patch)
     options = dict(cached=model.config.cache_memory, cross_attention=model.config.cross_attention)
     text, t = clip.text(base.history, base.prompts).to(device), torch.full((1,), 500.0, device=device)

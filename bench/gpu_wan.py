@@ -180,7 +180,9 @@ def within_12_gb(bench):
     list(continue_video(model, base, memory, decode, [text], config, base.sizes[0]))
     dit = sum(p.numel() for name, p in model.dit.named_parameters() if ".lora_" not in name)
     trained = lora_parameters(base.dit, base.lora) + sum(p.numel() for p in model.encoder.parameters())
-    tokens = sum(segment[0].shape[1] for segment in memory.segments) + base.section * frame_tokens(base, base.sizes[0])
+    tokens = sum(model.count(segment) for segment, _ in memory.segments) + base.section * frame_tokens(
+        base, base.sizes[0]
+    )
     phases = sampling_memory(base, dit, trained, tokens)
     predicted = max(sum(phase.values()) for phase in phases) / 2**30
     done = "a section" + (" and the VAE" if base.codec.decodes else "; no VAE, diffusers is not installed")

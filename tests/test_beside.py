@@ -1,5 +1,6 @@
 """What memory can have beside φ: a window, an anchor, cross-attention, cached keys and values; noise on the history."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,11 @@ import torch
 import finetune
 import model
 import pretrain
+import sample
 from encoder import MemoryDiT, load_model
 from model import token_positions
 from sample import Memory
-from tests.common import flags, randn, randomize, run, smaller, tiny_base
+from tests.common import flags, randn, randomize, run, smaller, tiny_base, write_video
 from util.attention import attention
 
 BESIDE = [  # flags, and which of 11 frames, 8 of them in segments, are kept uncompressed
@@ -188,13 +190,17 @@ def test_cached_memory_is_trained():
         dict(cache_memory=True, window=1),
     ],
 )
-def test_a_checkpoint_carries_its_options(cache, memory):
+def test_a_checkpoint_carries_its_options(cache, memory, capsys):
     """A training with them resumes, and sample.py and eval.py need no flag."""
     common = dict(cache=cache, encoder="none", steps=2, **memory)
     run(finetune.main, *flags(out="a", **common))
     run(finetune.main, *flags(out="b", **(common | dict(steps=1, warmup=0))))
     made = load_model(Path("a/model.safetensors"), tiny_base())
     assert made.config == replace(made.config, **memory)
+    write_video("clip.mp4", 22)  # 11 s
+    run(sample.main, "--history", "clip.mp4", "--checkpoint", "a/model.safetensors", "--prompt", "hills")
+    tokens, high = re.findall(r"memory: (\d+) tokens", capsys.readouterr().out)[-1], randn(1, 16, 22, 8, 8)
+    assert int(tokens) == made.count(made.remember(high, smaller(high[:, :, :20], made.encoder.rate)))
     run(finetune.main, *flags(out="a", resume=True, **(common | dict(steps=3))))
 
 
