@@ -27,9 +27,10 @@ from util.video import has_sound, to_frames, to_pixels
 from util.video_writer import VideoWriter
 from util.weights import read_config, weight_files
 
-SOLVERS = {"euler": "sample.euler"}  # add new ones here
+SOLVERS = {"euler": "sample.euler", "unipc": "util.unipc.unipc"}  # add new ones here
 # the same flags as Wan's generate.py calls them
 WAN_FLAGS = dict(steps="--sample_steps", shift="--sample_shift", guidance="--sample_guide_scale", seed="--base_seed")
+WAN_FLAGS |= dict(solver="--sample_solver")
 
 
 @dataclass
@@ -40,8 +41,11 @@ class SampleConfig:
     seconds: float = 6.0  # length of what is generated, rounded up to whole sections
     steps: int = None  # solver steps per section [the preset's]
     guidance: float = None  # classifier-free guidance: 1 is none [the preset's]
+    negative: str = ""  # a text to guide away from, instead of from no prompt
+    guidance_interval: tuple = (0.0, 1.0)  # the lowest and the highest noise level with guidance
+    cfg_zero: bool = False  # CFG-Zero*: scale the velocity that is guided away from; skip the first 4 % of the steps
     shift: float = None  # timestep shift: above 1, more steps at high noise [the preset's]
-    solver: str = "euler"  # how the flow is integrated
+    solver: str = "euler"  # how the flow is integrated: euler, unipc
     seed: int = 0  # of the noise
     save_file: str = ""  # the video to write [out/NAME.mp4; out/NAME_continued.mp4 if that is the history]
     memory_seconds: float = 20.0  # how much history is kept in memory; 0: all
@@ -68,24 +72,42 @@ def euler(velocity, x, levels):
     return x
 
 
+@dataclass
+class Guidance:
+    """Classifier-free guidance: v = v_other + scale (v_prompt - v_other). Both passes of the DiT read the memory."""
+
+    scale: float = 1.0  # 1: none, v_prompt alone
+    negative: torch.Tensor = None  # the prompt of v_other, (L, text_dim), in place of no prompt
+    interval: tuple = (0.0, 1.0)  # noise levels outside of which there is none (Kynkäänniemi et al. 2024)
+    # CFG-Zero* (Fan et al. 2025): v_other is scaled to be nearest to v_prompt, and v is zero in the first 4 % of the
+    # steps, rounded down: of fewer than 25 steps each is too large to go without
+    zero_star: bool = False
+
+
 @torch.no_grad()
 def sample(dit, noise, text, times, memory, steps, shift=1.0, guidance=1.0, solver=euler):
     """Generate x_0, shaped like noise (B, C, F, H, W); text, times, memory as in DiT.forward.
 
-    With one Euler step, shift has no effect and the result is the conditional mean. Classifier-free guidance drops only
-    the prompt: both passes read the memory.
+    With one Euler step, shift has no effect and the result is the conditional mean. guidance: a Guidance, or its scale.
     """
+    g = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+    other_text = torch.zeros_like(text) if g.negative is None else g.negative.to(text).expand_as(text)
 
     def velocity(x, t):
         timestep = torch.full((len(x),), 1000 * t, device=x.device)
         v = dit(x, timestep, text, times, memory)
-        if guidance == 1:
+        if g.scale == 1 or not g.interval[0] <= t <= g.interval[1]:
             return v
-        without_prompt = dit(x, timestep, torch.zeros_like(text), times, memory)
-        return without_prompt + guidance * (v - without_prompt)
+        other = dit(x, timestep, other_text, times, memory)
+        if g.zero_star:  # <v, other> / |other|²
+            dims = tuple(range(1, v.ndim))
+            other = other * (v * other).sum(dims, True) / other.square().sum(dims, True).clamp(min=1e-8)
+        return other + g.scale * (v - other)
 
     levels = torch.linspace(1, 0, steps + 1)
     levels = shift * levels / (1 + (shift - 1) * levels)
+    if g.zero_star and g.scale != 1:
+        levels = levels[steps // 25 :]  # while v is zero, x stays the noise
     return solver(velocity, noise, levels)
 
 
@@ -152,11 +174,11 @@ class Memory:
 
 
 @torch.no_grad()
-def continue_video(model, base, memory, decode, texts, config, size):
+def continue_video(model, base, memory, decode, texts, config, size, negative=None):
     """Generate one section for each of `texts` (L, text_dim) and append it to `memory`.
 
-    decode: the codec's decoder, which carries on from the history; size: (height, width) in pixels. Yields (frames
-    uint8 (F, H, W, 3), seconds it took). Raises Failure.
+    decode: the codec's decoder, which carries on from the history; size: (height, width) in pixels; negative: see
+    Guidance. Yields (frames uint8 (F, H, W, 3), seconds it took). Raises Failure.
     """
     codec, device = base.codec, next(model.parameters()).device
     g = torch.Generator().manual_seed(config.seed)
@@ -166,7 +188,8 @@ def continue_video(model, base, memory, decode, texts, config, size):
         started = time.perf_counter()
         times = memory.frames + torch.arange(base.section, device=device)
         noise = torch.randn(shape, generator=g).to(device)
-        guidance = config.guidance if text.any() else 1  # without a prompt both passes are the same
+        same = torch.equal(text, torch.zeros_like(text) if negative is None else negative)  # for both passes
+        guidance = Guidance(1 if same else config.guidance, negative, config.guidance_interval, config.cfg_zero)
         with autocast(device):
             settings = config.steps, config.shift, guidance, solver
             x = sample(model.dit, noise, text[None].to(device), times, memory.context(), *settings).float()
@@ -263,7 +286,8 @@ def check(config):
         raise UserError(f"--seconds {config.seconds} makes no section: give at least {base.section / base.fps:g}")
     if config.init and trained.get("lora"):
         weight_files(config.init)  # not there? Say so before the VAE's work
-    for key, useless in dict(prompt=random, t5=random, lora=random, merge=not trained.get("lora")).items():
+    does_nothing = dict.fromkeys(("prompt", "negative", "t5", "lora"), random) | {"merge": not trained.get("lora")}
+    for key, useless in does_nothing.items():
         if useless and getattr(config, key):
             raise UserError(f"--{key} does nothing for {'random weights' if random else config.checkpoint}: drop it")
     if config.lora:  # do they fit? On the meta device this costs only reading them
@@ -280,6 +304,12 @@ def check_sampler(config):
             f"--steps {config.steps} --guidance {config.guidance} --shift {config.shift}: expected steps of at least "
             "1, guidance of at least 0, shift above 0"
         )
+    low, high = config.guidance_interval
+    if not 0 <= low < high <= 1:
+        raise UserError(f"--guidance_interval {low:g} {high:g}: give two noise levels, 0 <= LOW < HIGH <= 1")
+    for key in ("negative", "guidance_interval", "cfg_zero"):
+        if config.guidance == 1 and getattr(config, key) != getattr(SampleConfig, key):
+            raise UserError(f"--{key} does nothing with --guidance 1, which is none: drop one of the two")
     if not 0 <= config.memory_seconds < math.inf:
         raise UserError(f"--memory_seconds {config.memory_seconds}: give seconds of history to keep, or 0 for all")
 
@@ -295,11 +325,11 @@ def main():
     with VideoWriter(file, base.fps, *size) as writer:
         history = copy_history(frames, writer, base, sections_remembered(config, base))
         storyboard, prompts = section_prompts(config, base, history.frames / base.fps)
-        check_prompts(trained.get("data"), [prompt for _, prompt in storyboard])
+        check_prompts(trained.get("data"), [prompt for _, prompt in storyboard] + [config.negative])
         base = open_base(base.name, config.vae, config.t5, device)
-        texts = embed_prompts(config, base, prompts)
+        *texts, negative = embed_prompts(config, base, [*prompts, config.negative])
         model, memory, decode = remember(config, base, history, device)
-        generated = continue_video(model, base, memory, decode, texts, config, size)
+        generated = continue_video(model, base, memory, decode, texts, config, size, negative)
         length = base.section * base.codec.stride[0]
         sheet = SectionSheet(history.newest, history.frames, length, len(texts), base.fps)
         seconds, stopped = write_sections(writer, sheet, generated, len(texts))

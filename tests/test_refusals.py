@@ -59,6 +59,11 @@ def test_sample_refuses_bad_settings(refused):
     settings += [("--solver", "runge"), ("--device", "abacus"), ("--device", "")]
     for flag, value in settings:
         assert flag.strip("-") in refused(*common, f"{flag}={value}")
+    for low, high in (0.9, 0.2), (0.5, 0.5), (-0.1, 1), (0, 1.5), ("nan", 1), (0, "high"):
+        assert "--guidance_interval" in refused(*common, "--guidance_interval", low, high)
+    assert "expected 2" in refused(*common, "--guidance_interval", 0.5)
+    for given in ("--negative", "x"), ("--cfg_zero",), ("--guidance_interval", 0, 0.5):
+        assert f"{given[0]} does nothing with --guidance 1" in refused(*common, "--guidance", 1, *given)
 
 
 def test_sample_refuses_bad_checkpoints(refused):
@@ -93,6 +98,8 @@ def test_sample_refuses_flags_that_do_nothing(refused):
     assert "drop one" in refused(*common, "--init", "random", "--checkpoint", "b")
     given = "--init", "random", "--preset", "tiny", "--prompt", "x"
     assert "--prompt does nothing for random weights" in refused(*common, *given)
+    given = "--init", "random", "--preset", "tiny", "--negative", "x"
+    assert "--negative does nothing for random weights" in refused(*common, *given)
     assert "--seed" in refused(*common, "--seed", 2**64)
 
 

@@ -116,6 +116,33 @@ def test_sample_writes_the_history_then_what_follows(capsys):
     assert not torch.equal(read_video("c.mp4", 2, 32, 32), made)
 
 
+def test_sample_guides_away_from_what_it_is_told(capsys):
+    write_video("clip.mp4", 10)
+    common = "--history", "clip.mp4", "--checkpoint", write_checkpoint(), "--seconds=2", "--steps=2", "--guidance=3"
+
+    def made(*given):
+        run(sample.main, *common, *given, "--save_file=a.mp4")
+        return Path("a.mp4").read_bytes()
+
+    prompt = "--prompt=waves"
+    plain, unguided, away = made(prompt), made(prompt, "--guidance=1"), made(prompt, "--negative=a cat")
+    assert len({plain, unguided, away, made(prompt, "--cfg_zero")}) == 4
+    # where both passes are the same, or there is no guidance
+    assert unguided == made(prompt, "--negative=waves") == made(prompt, "--guidance_interval", 0, 0.1)
+    assert len({made(), made("--guidance=1"), made("--cfg_zero"), made("--guidance_interval", 0, 0.1)}) == 1
+    assert made("--negative=a cat") not in (made(), away)
+    assert "never seen waves, a, cat;" in capsys.readouterr().err
+
+
+def test_sample_knows_another_solver():
+    write_video("clip.mp4", 10)
+    common = "--history", "clip.mp4", "--checkpoint", write_checkpoint(), "--seconds=2", "--steps=4"
+    for name, given in ("a", []), ("b", ["--solver=unipc"]), ("c", ["--sample_solver=unipc"]):  # as Wan calls it
+        run(sample.main, *common, *given, f"--save_file={name}.mp4")
+    a, b, c = (Path(f"{name}.mp4").read_bytes() for name in "abc")
+    assert a != b and b == c
+
+
 def test_the_readmes_lines_of_python_write_a_section(monkeypatch):
     monkeypatch.chdir(ROOT)
     made, text = {}, Path("README.md").read_text(encoding="utf-8")

@@ -82,8 +82,11 @@ def make_parser(cls, description, aliases):
     for f in fields(cls):
         default = f" [{f.default}]" if f.default not in (None, "") else ""
         kind = dict(action="store_true") if f.type is bool else dict(type=f.type, metavar=f.type.__name__)
+        if f.type is tuple:  # of numbers
+            kind = dict(type=float, nargs=len(f.default), metavar="float")
         names = [f"--{f.name}", *([aliases[f.name]] if f.name in aliases else [])]
-        parser.add_argument(*names, dest=f.name, default=f.default, help=comments.get(f.name, "") + default, **kind)
+        text = (comments.get(f.name, "") + default).replace("%", "%%")  # which argparse would fill in
+        parser.add_argument(*names, dest=f.name, default=f.default, help=text, **kind)
     return parser
 
 
