@@ -44,11 +44,22 @@ def section_prompts(config, base, clip_seconds):
     return storyboard, [prompt_at(storyboard, start + 1e-6) for start in starts]
 
 
+def warn_limits(config, base, frames, context):
+    """Warn of a history of so many frames that is shorter than any in training, or that the model cannot see, since
+    its `context` is None."""
+    length = base.section * base.codec.stride[0]
+    if frames < length + base.codec.causal and config.init != "random":
+        seen, given = length / base.fps, frames / base.fps
+        warn(f"{config.checkpoint} was trained on histories of at least {seen:g} s, and this one has {given:g} s")
+    if context is None and frames:
+        warn(f"{config.checkpoint} is a model without memory: what it generates does not know the history")
+
+
 def output_file(config):
     """--save_file or its default. Raises UserError if it, or the contact sheet beside it, may not be written."""
     history = Path(config.history)
-    file = Path(config.save_file or f"out/{history.stem}.mp4")
-    if not config.save_file and same_path(file, history):
+    file = Path(config.save_file or f"out/{history.stem or 'text'}.mp4")
+    if not config.save_file and any(same_path(path, history) for path in (file, sheet_path(file))):
         file = file.with_stem(file.stem + "_continued")
     for path in (file, sheet_path(file)):
         check_output(path, [history, config.checkpoint, config.prompt])
