@@ -8,7 +8,6 @@ Without --prompt, the storyboard beside the clip is used (clip.json, .txt or .sr
 Writes the history with its continuation to --save_file, and a contact sheet beside it.
 """
 
-import math
 import time
 from dataclasses import dataclass
 
@@ -21,7 +20,15 @@ from util.cli import Failure, UserError, load_object, parse_flags, run_main, war
 from util.device import autocast, make_room, peak_memory, pick_device
 from util.files import shipped, unused
 from util.folder import copy_history, stream_clip
-from util.sections import n_sections, output_file, section_prompts, sections_remembered, warn_limits, write_sections
+from util.sections import (
+    check_sampler,
+    n_sections,
+    output_file,
+    section_prompts,
+    sections_remembered,
+    warn_limits,
+    write_sections,
+)
 from util.sheets import SectionSheet, sheet_path
 from util.storyboard import parse_storyboard
 from util.video import has_sound, to_frames, to_pixels
@@ -282,7 +289,7 @@ def check(config):
     for key in ("steps", "guidance", "shift"):
         if getattr(config, key) is None:
             setattr(config, key, getattr(base, key))
-    check_sampler(config)
+    check_sampler(config, SOLVERS)
     parse_storyboard(config.prompt or "")  # refused now, not after the clip was read
     if n_sections(config, base) < 1:
         raise UserError(f"--seconds {config.seconds} makes no section: give at least {base.section / base.fps:g}")
@@ -295,25 +302,6 @@ def check(config):
     if config.lora:  # do they fit? On the meta device this costs only reading them
         base.apply_loras(MemoryDiT(base, empty=True).dit, config.lora)
     return base, trained
-
-
-def check_sampler(config):
-    """Raise UserError for settings of the sampler that make no sense."""
-    if config.solver not in SOLVERS:
-        raise UserError(f"--solver {config.solver}: choose one of {', '.join(SOLVERS)}")
-    if config.steps < 1 or not 0 <= config.guidance < math.inf or not 0 < config.shift < math.inf:
-        raise UserError(
-            f"--steps {config.steps} --guidance {config.guidance} --shift {config.shift}: expected steps of at least "
-            "1, guidance of at least 0, shift above 0"
-        )
-    low, high = config.guidance_interval
-    if not 0 <= low < high <= 1:
-        raise UserError(f"--guidance_interval {low:g} {high:g}: give two noise levels, 0 <= LOW < HIGH <= 1")
-    for key in ("negative", "guidance_interval", "cfg_zero"):
-        if config.guidance == 1 and getattr(config, key) != getattr(SampleConfig, key):
-            raise UserError(f"--{key} does nothing with --guidance 1, which is none: drop one of the two")
-    if not 0 <= config.memory_seconds < math.inf:
-        raise UserError(f"--memory_seconds {config.memory_seconds}: give seconds of history to keep, or 0 for all")
 
 
 def main():
