@@ -6,6 +6,7 @@ import re
 import shutil
 from types import SimpleNamespace
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -14,15 +15,20 @@ from safetensors.torch import load_file, save_file
 
 import finetune
 import pretrain
+import sample
 from bases import open_base
+from bases.nano import HashPrompts
 from bases.umt5 import UMT5Prompts
 from bases.wan import WanCodec
 from bases.wan22 import Wan22Codec
 from data import Clip, Clips
 from encoder import MemoryDiT
-from tests.common import SETTINGS, BlockCodec, randn, smaller, tiny_base
+from sample import Memory
+from tests.common import SETTINGS, BlockCodec, randn, randomize, run, smaller, tiny_base, write_checkpoint
 from util.cli import UserError
+from util.device import autocast
 from util.folder import copy_history
+from util.video import read_video, to_frames
 
 
 @pytest.fixture(params=["2.1", "2.2"])
@@ -226,8 +232,43 @@ def test_a_history_is_whole_segments(frames, latents, tokens):
     with torch.device("meta"):
         encoder = MemoryDiT(base, rate="4x4x2").encoder
         high = torch.zeros(1, 16, latents, 480 // 8, 832 // 8)
-        memory = encoder.encode(high, smaller(high, encoder.rate))
+    memory = encoder.encode(high, smaller(high, encoder.rate))
     assert memory[0].shape == (1, tokens, base.dit.dim)
+
+
+def test_a_video_from_nothing_begins_with_a_lone_latent():
+    """As a whole video does: section + 1 latents at times from 0 on; later sections follow as after any history."""
+    base = tiny_base("tiny-wan")
+    model, seen = randomize(MemoryDiT(base)), []
+    model.dit.register_forward_pre_hook(lambda _, args: seen.append(args))
+    memory, latents = Memory(model, base.codec), []
+    append = memory.append
+    memory.append = lambda x, pixels: (latents.append(x), append(x, pixels))
+    config = sample.SampleConfig(steps=1, guidance=1, shift=3.0)
+    made = sample.continue_video(model, base, memory, base.codec.decoder(), [randn(24, 16)] * 3, config, (32, 32))
+    frames = torch.cat([frames for frames, _ in made])
+    assert [times.tolist() for _, _, _, times, _ in seen] == [[*range(5)], [*range(5, 9)], [*range(9, 13)]]
+    assert [x.shape[2] for x, *_ in seen] == [5, 4, 4] and seen[0][4] is None
+    assert [n for _, n in memory.segments] == [1, 4, 4, 4] and len(memory.times) == 0
+    pixels = base.codec.decode(torch.cat(latents, dim=2))
+    assert torch.equal(frames, to_frames(pixels)[0]) and len(frames) == 1 + 3 * 16
+    with torch.no_grad(), autocast(pixels.device):
+        low = base.codec.encode_low(pixels, model.encoder.rate)
+        whole = model.encoder.encode(torch.cat(latents, dim=2), low)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(memory.context(), whole))
+
+
+@pytest.mark.parametrize("given, kept", [(["--history", "a.png"], 1), (["--prompt", "a cat"], 0)])
+def test_sample_begins_with_a_picture_or_a_text(given, kept, monkeypatch, capsys):
+    monkeypatch.setattr("bases.wan.WanCodec", lambda vae, device: BlockCodec())
+    monkeypatch.setattr("bases.wan.NoPrompts", HashPrompts)
+    iio.imwrite("a.png", np.full((32, 32, 3), 90, np.uint8))
+    checkpoint = write_checkpoint(preset="tiny-wan")
+    run(sample.main, *given, "--checkpoint", checkpoint, "--seconds=16", "--steps=1", "--save_file=b.mp4")
+    said, made = capsys.readouterr(), read_video("b.mp4", 2, 32, 32)
+    assert len(made) == 1 + 2 * 16 and f"history: {kept / 2:g} s, {kept} frames; memory: {kept} tokens" in said.out
+    assert f"at least 8 s, and this one has {kept / 2:g} s" in said.err
+    assert ((made[0].float() - 90).abs().mean() < 12) == bool(kept)
 
 
 @pytest.mark.optional
