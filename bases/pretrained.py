@@ -15,8 +15,8 @@ def subfolder(folder, name, flag):
         if (path / "config.json").is_file():
             return path
     raise UserError(
-        f"{flag} {folder}: no config.json there or in its {name}; give the folder of "
-        "Wan2.1-T2V-1.3B-Diffusers or its part"
+        f"{flag} {folder}: no config.json there or in its {name}; give the folder of a model in the diffusers layout, "
+        "such as Wan2.1-T2V-1.3B-Diffusers, or its part"
     )
 
 
