@@ -91,6 +91,8 @@ def sample(dit, noise, text, times, memory, steps, shift=1.0, guidance=1.0, solv
     With one Euler step, shift has no effect and the result is the conditional mean. guidance: a Guidance, or its scale.
     """
     g = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+    if hasattr(dit, "take_guidance"):  # as an input of its own: then one pass is enough
+        dit, g = dit.take_guidance(g)
     other_text = torch.zeros_like(text) if g.negative is None else g.negative.to(text).expand_as(text)
 
     def velocity(x, t):
@@ -213,7 +215,7 @@ def embed_prompts(config, base, prompts):
     texts = [embedded[prompt] for prompt in prompts]
     base.prompts = None  # umT5 is larger than a DiT of 1.3B
     # to measure speed and memory: any prompt, with no text encoder
-    return [torch.randn_like(text) for text in texts] if config.init == "random" else texts
+    return [*map(torch.randn_like, texts[:-1]), texts[-1]] if config.init == "random" else texts
 
 
 def open_model(config, base, device):
