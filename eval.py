@@ -6,6 +6,7 @@ python eval.py continuation --checkpoint runs/finetune/model.safetensors        
 python eval.py table1 runs/t1/*                stage 1 runs side by side: the paper's Table 1, with pictures
 python eval.py table2 runs/t2/*                stage 2 runs side by side: Table 2
 python eval.py story runs/t2/*                 accuracy by how long a character was away
+python eval.py solvers --checkpoint runs/finetune/model.safetensors     quality by the number of passes of the DiT
 python eval.py budget --preset wan-14b         parameters, tokens, FLOPs and memory of a preset, predicted
 python eval.py speed                           this machine, timed
 python eval.py judge --videos a.mp4 --endpoint URL --model NAME     ask a vision-language model
@@ -30,6 +31,7 @@ COMMANDS = {
     "table1": "bench.table1.table1",
     "table2": "bench.table2.table2",
     "story": "bench.story.story",
+    "solvers": "bench.solvers.solvers",
     "budget": "bench.budget.budget",
     "speed": "bench.speed.speed",
     "judge": "bench.judge.judge",

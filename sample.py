@@ -2,12 +2,12 @@
 
     python sample.py --history clip.mp4
     python sample.py --history clip.mp4 --prompt "0s: she opens the door / 4s: she steps outside"
+    python sample.py --prompt "she opens the door"        from text alone; or from a picture: --history picture.png
 
 Without --prompt, the storyboard beside the clip is used (clip.json, .txt or .srt; its times count from its start).
 Writes the history with its continuation to --save_file, and a contact sheet beside it.
 """
 
-import math
 import time
 from dataclasses import dataclass
 
@@ -20,7 +20,15 @@ from util.cli import Failure, UserError, load_object, parse_flags, run_main, war
 from util.device import autocast, make_room, peak_memory, pick_device
 from util.files import shipped, unused
 from util.folder import copy_history, stream_clip
-from util.sections import n_sections, output_file, section_prompts, sections_remembered, write_sections
+from util.sections import (
+    check_sampler,
+    n_sections,
+    output_file,
+    section_prompts,
+    sections_remembered,
+    warn_limits,
+    write_sections,
+)
 from util.sheets import SectionSheet, sheet_path
 from util.storyboard import parse_storyboard
 from util.video import has_sound, to_frames, to_pixels
@@ -35,7 +43,7 @@ WAN_FLAGS |= dict(solver="--sample_solver")
 
 @dataclass
 class SampleConfig:
-    history: str = ""  # the clip to continue
+    history: str = ""  # the clip to continue, or a picture; without it, a video from --prompt alone
     checkpoint: str = "checkpoints/nano.safetensors"  # weights from finetune.py
     prompt: str = None  # a text, "0s: ... / 4s: ...", or a .txt, .srt or .json file; 0 s is where the clip ends
     seconds: float = 6.0  # length of what is generated, rounded up to whole sections
@@ -47,7 +55,7 @@ class SampleConfig:
     shift: float = None  # timestep shift: above 1, more steps at high noise [the preset's]
     solver: str = "euler"  # how the flow is integrated: euler, unipc
     seed: int = 0  # of the noise
-    save_file: str = ""  # the video to write [out/NAME.mp4; out/NAME_continued.mp4 if that is the history]
+    save_file: str = ""  # the video to write [out/NAME.mp4 (text.mp4); out/NAME_continued.mp4 if that is the history]
     memory_seconds: float = 20.0  # how much history is kept in memory; 0: all
     device: str = "auto"  # auto, cpu, cuda, mps
     init: str = ""  # Wan: the base DiT under the checkpoint's LoRA; "random": random weights of --preset
@@ -177,19 +185,20 @@ class Memory:
 
 @torch.no_grad()
 def continue_video(model, base, memory, decode, texts, config, size, negative=None):
-    """Generate one section for each of `texts` (L, text_dim) and append it to `memory`.
+    """Generate one section for each of `texts` (L, text_dim) and append it to `memory`, which may be empty.
 
     decode: the codec's decoder, which carries on from the history; size: (height, width) in pixels; negative: see
     Guidance. Yields (frames uint8 (F, H, W, 3), seconds it took). Raises Failure.
     """
     codec, device = base.codec, next(model.parameters()).device
     g = torch.Generator().manual_seed(config.seed)
-    shape = (1, codec.channels, base.section, size[0] // codec.stride[1], size[1] // codec.stride[2])
+    space = size[0] // codec.stride[1], size[1] // codec.stride[2]
     solver = load_object(SOLVERS[config.solver])
     for text in texts:
         started = time.perf_counter()
-        times = memory.frames + torch.arange(base.section, device=device)
-        noise = torch.randn(shape, generator=g).to(device)
+        n = base.section + memory.encoder.lone(memory.frames)  # a causal codec's video begins with a lone latent
+        times = memory.frames + torch.arange(n, device=device)
+        noise = torch.randn(1, codec.channels, n, *space, generator=g).to(device)
         same = torch.equal(text, torch.zeros_like(text) if negative is None else negative)  # for both passes
         guidance = Guidance(1 if same else config.guidance, negative, config.guidance_interval, config.cfg_zero)
         with autocast(device):
@@ -235,19 +244,19 @@ def open_model(config, base, device):
 
 def remember(config, base, history, device):
     """(model, Memory of the history, the codec's decoder, which carries on from the history)."""
-    pixels = to_pixels(history.remembered)[None]
-    latents = base.codec.encode(pixels).to(device)
     decode = base.codec.decoder()
-    if base.codec.lookback:
-        for piece in latents[:, :, -base.codec.lookback :].split(base.section, dim=2):
+    if history.frames:
+        pixels = to_pixels(history.remembered)[None]
+        latents = base.codec.encode(pixels).to(device)
+        for piece in latents[:, :, -base.codec.lookback :].split(base.section, dim=2) if base.codec.lookback else ():
             decode(piece)
     model = open_model(config, base, device)
     memory = Memory(model, base.codec, sections_remembered(config, base))
     with autocast(device):
-        memory.append(latents, pixels)
+        if history.frames:
+            memory.append(latents, pixels)
         context = memory.context()
-    if context is None:
-        warn(f"{config.checkpoint} is a model without memory: what it generates does not know the history")
+    warn_limits(config, base, history.frames, context)
     print(
         f"history: {history.frames / base.fps:g} s, {history.frames} frames; memory: {model.count(context)} tokens for "
         f"its newest {len(history.remembered) / base.fps:g} s (uncompressed: {memory.uncompressed})"
@@ -260,8 +269,8 @@ def check(config):
 
     Returns (base without weights, config of the checkpoint, {} for random weights).
     """
-    if not config.history:
-        raise UserError("--history is missing: give the clip to continue, for example --history assets/clip.mp4")
+    if not config.history and not config.prompt:
+        raise UserError("--history is missing: give the clip to continue, or --prompt for a video from text alone")
     if not 0 < config.seconds <= 86400:  # the prompt of each section is looked up first
         raise UserError(f"--seconds {config.seconds}: give a number above 0, at most 86400 (a day)")
     random = config.init == "random"
@@ -282,7 +291,7 @@ def check(config):
     for key in ("steps", "guidance", "shift"):
         if getattr(config, key) is None:
             setattr(config, key, getattr(base, key))
-    check_sampler(config)
+    check_sampler(config, SOLVERS)
     parse_storyboard(config.prompt or "")  # refused now, not after the clip was read
     if n_sections(config, base) < 1:
         raise UserError(f"--seconds {config.seconds} makes no section: give at least {base.section / base.fps:g}")
@@ -297,32 +306,13 @@ def check(config):
     return base, trained
 
 
-def check_sampler(config):
-    """Raise UserError for settings of the sampler that make no sense."""
-    if config.solver not in SOLVERS:
-        raise UserError(f"--solver {config.solver}: choose one of {', '.join(SOLVERS)}")
-    if config.steps < 1 or not 0 <= config.guidance < math.inf or not 0 < config.shift < math.inf:
-        raise UserError(
-            f"--steps {config.steps} --guidance {config.guidance} --shift {config.shift}: expected steps of at least "
-            "1, guidance of at least 0, shift above 0"
-        )
-    low, high = config.guidance_interval
-    if not 0 <= low < high <= 1:
-        raise UserError(f"--guidance_interval {low:g} {high:g}: give two noise levels, 0 <= LOW < HIGH <= 1")
-    for key in ("negative", "guidance_interval", "cfg_zero"):
-        if config.guidance == 1 and getattr(config, key) != getattr(SampleConfig, key):
-            raise UserError(f"--{key} does nothing with --guidance 1, which is none: drop one of the two")
-    if not 0 <= config.memory_seconds < math.inf:
-        raise UserError(f"--memory_seconds {config.memory_seconds}: give seconds of history to keep, or 0 for all")
-
-
 def main():
     """Open, read, remember, continue, write."""
     config = parse_flags(SampleConfig, __doc__, aliases=WAN_FLAGS)
     base, trained = check(config)
     device, file = pick_device(config.device), output_file(config)
-    size, frames = stream_clip(config.history, base)
-    if has_sound(config.history):
+    size, frames = stream_clip(config.history, base) if config.history else (base.sizes[0], ())
+    if config.history and has_sound(config.history):
         warn(f"the sound of {config.history} is not copied")
     with VideoWriter(file, base.fps, *size) as writer:
         history = copy_history(frames, writer, base, sections_remembered(config, base))

@@ -36,7 +36,7 @@ def tiny(name="nano", **changes):
     dit = replace(base.dit, dim=48, ffn_dim=64, heads=2, layers=2, text_dim=16, text_len=8)
     base = replace(base, dit=dit, sizes=((height, width),), widths=(8, 8, 16, 16), lora=base.lora and 4, **changes)
     if base.codec.causal:
-        base.codec = BlockCodec()  # Wan's own needs weights
+        base.codec = BlockCodec(base.codec)  # Wan's own needs weights
     base.prompts = Prompts()
     return replace(base, history=3 * base.section + base.codec.causal)
 
@@ -119,6 +119,7 @@ def test_presets_have_the_parameters_of_their_models():
     with torch.device("meta"):
         count = {name: sum(p.numel() for p in DiT(open_base(name).dit).parameters()) for name in PRESETS}
     assert count["wan-1.3b"] == 1_418_996_800 and count["wan-14b"] == 14_288_491_584
+    assert count["wan2.2-5b"] == 4_999_787_712
     assert 5e6 < count["nano"] < 7e6
 
 
@@ -242,9 +243,9 @@ def train_once(base, model, batch):
 
 def check_batch(base, batch, B, F, history):
     """The shapes of a Batch with targets of F frames."""
-    h, w = latent_size(base)
-    assert batch.high.shape == (B, 16, history, h, w) and batch.low.shape[:2] == (B, 16)
-    assert batch.target.shape == batch.noise.shape == (B, 16, F, h, w)
+    C, h, w = base.dit.in_dim, *latent_size(base)
+    assert batch.high.shape == (B, C, history, h, w) and batch.low.shape[:2] == (B, C)
+    assert batch.target.shape == batch.noise.shape == (B, C, F, h, w)
     assert batch.times.shape == (B, F) and batch.t.shape == (B,) and batch.text.shape == (B, 8, 16)
     assert batch.truth.shape == (B, F, *base.sizes[0], 3)
 

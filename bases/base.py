@@ -185,11 +185,11 @@ class CausalCodec(Codec):
         raise NotImplementedError
 
     def encode(self, pixels):
-        """A whole video: (B, 3, 1 + 4k, H, W), H and W multiples of 8 -> (B, 16, 1 + k, H/8, W/8)."""
+        """A whole video: (B, 3, 1 + 4k, H, W), H and W multiples of the stride -> (B, C, 1 + k, h, w)."""
         return self.encoder()(pixels)
 
     def decode(self, latents):
-        """A whole video from its beginning: (B, 16, 1 + k, h, w) -> (B, 3, 1 + 4k, 8h, 8w)."""
+        """A whole video from its beginning: (B, C, 1 + k, h, w) -> (B, 3, 1 + 4k, H, W)."""
         return self.decoder()(latents)
 
     def low_encoder(self, rate):

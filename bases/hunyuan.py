@@ -38,7 +38,6 @@ PRESETS = {
     )
 }
 SCALE = 0.476986  # of the VAE's latents
-EXAMPLE = "hunyuanvideo-community/HunyuanVideo"  # a folder in the diffusers layout
 
 
 class HunyuanBase(Base):
@@ -54,7 +53,7 @@ def open_base(name, vae="", t5="", device="cpu"):
     preset = PRESETS[name]
     c = preset["dit"]
     if t5:
-        prompts = LlavaPrompts(t5, c.text_dim, c.text_len, c.pooled_dim, device, EXAMPLE)
+        prompts = LlavaPrompts(t5, c.text_dim, c.text_len, c.pooled_dim, device)
     else:
         prompts = NoPrompts(c.text_dim, c.text_len, "HunyuanVideo need its text encoders")
     return HunyuanBase(name=name, codec=HunyuanCodec(vae, device), prompts=prompts, **preset)
@@ -68,7 +67,7 @@ def open_vae(folder):
         raise UserError("HunyuanVideo's VAE needs the package diffusers: pip install diffusers") from None
     if folder == "random":
         return AutoencoderKLHunyuanVideo(), None
-    path = subfolder(folder, "vae", "--vae", EXAMPLE)
+    path = subfolder(folder, "vae", "--vae")
     vae = from_pretrained(AutoencoderKLHunyuanVideo, path, f"--vae {folder}", torch.float32)
     c = vae.config
     found = c.latent_channels, c.temporal_compression_ratio, c.spatial_compression_ratio, c.scaling_factor

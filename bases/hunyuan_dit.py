@@ -282,7 +282,7 @@ class HunyuanDiT(nn.Module):
         return nn.ModuleList([*self.double_blocks, *self.single_blocks])
 
     def take_guidance(self, g):
-        """(this DiT with a sample.Guidance as its input, what of it is left to a second pass): all or nothing. A negative
+        """(this DiT with a sample.Guidance as its input, what is left to a second pass): all or nothing. A negative
         prompt and CFG-Zero* need that pass; the input is then 1, as in training."""
         if not self.config.guided or g.scale == 1 or g.zero_star or (g.negative is not None and g.negative.any()):
             return self, g
@@ -304,8 +304,8 @@ class HunyuanDiT(nn.Module):
         return e
 
     def split_prompt(self, text):
-        """(B, L, text_dim) -> pooled (B, pooled_dim), tokens (B, l, text_dim) without the padding that all samples have,
-        which of them are no padding (B, l)."""
+        """(B, L, text_dim) -> pooled (B, pooled_dim), tokens (B, l, text_dim) without the padding that all samples
+        have, which of them are no padding (B, l)."""
         pooled, tokens = text[:, 0, : self.config.pooled_dim], text[:, 1:]
         valid = tokens.ne(0).any(-1)
         if not text.is_meta:  # on which FLOPs are counted

@@ -29,13 +29,13 @@ class LlavaPrompts:
     """Prompt embeddings (257, 4096): row 0 is CLIP's pooled vector, 768 numbers and zeros; then LLaMA's hidden states,
     zero after the prompt's last token. 14 GiB in float16, on a GPU or the CPU."""
 
-    def __init__(self, folder, dim=4096, length=257, pooled_dim=768, device="cpu", example=""):
+    def __init__(self, folder, dim=4096, length=257, pooled_dim=768, device="cpu"):
         transformers = import_transformers("HunyuanVideo's text encoders")
         self.dim, self.length = dim, length
         self.device = device if torch.device(device).type == "cuda" else "cpu"
         self.folders, self.models, self.tokenizers = [], [], []
         for part, cls, width in ("", transformers.LlamaModel, dim), ("_2", transformers.CLIPTextModel, pooled_dim):
-            path = subfolder(folder, f"text_encoder{part}", "--t5", example)
+            path = subfolder(folder, f"text_encoder{part}", "--t5")
             flag = f"--t5 {folder}"
             words = path.parent / f"tokenizer{part}"
             self.folders += [path, words]

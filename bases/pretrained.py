@@ -10,12 +10,15 @@ from util.cli import UserError, first_line, warn
 from util.files import file_hash
 
 
-def subfolder(folder, name, flag, example="Wan2.1-T2V-1.3B-Diffusers"):
-    """The part `name` of a downloaded diffusers pipeline, such as `example`, or `folder` itself if it is that part."""
+def subfolder(folder, name, flag):
+    """The part `name` of a downloaded diffusers pipeline, or `folder` itself if it is that part."""
     for path in (Path(folder) / name, Path(folder)):
         if (path / "config.json").is_file():
             return path
-    raise UserError(f"{flag} {folder}: no config.json there or in its {name}; give the folder of {example} or its part")
+    raise UserError(
+        f"{flag} {folder}: no config.json there or in its {name}; give the folder of a model in the diffusers layout, "
+        "such as Wan2.1-T2V-1.3B-Diffusers, or its part"
+    )
 
 
 def fingerprint(folder):

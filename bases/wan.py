@@ -1,11 +1,13 @@
 """Wan 2.1 T2V, 1.3B and 14B: presets and the causal video VAE, from a local folder through diffusers.
 
-Pixels are (B, 3, F, H, W) floats in [-1, 1], F = 1 + 4k; latents (B, 16, 1 + k, H/8, W/8), the first of one frame.
+Pixels are (B, 3, F, H, W) floats in [-1, 1], F = 1 + 4k; latents (B, C, 1 + k, h, w), the first of one frame: C = 16,
+h = H/8, w = W/8.
 """
 
 import math
 
 import torch
+from einops import rearrange
 
 from bases.base import Base, CausalCodec
 from bases.pretrained import fingerprint, from_pretrained, subfolder
@@ -41,20 +43,26 @@ MEAN += (0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
 STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743)
 STD += (3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
 
-
 OLDEST_DIFFUSERS = 0, 35
 
 
 def open_base(name, vae="", t5="", device="cpu"):
     """The Base wan-1.3b or wan-14b."""
-    preset = PRESETS[name]
+    return make_base(name, PRESETS[name], WanCodec(vae, device), t5, device)
+
+
+def make_base(name, preset, codec, t5, device):
+    """A Base whose prompts are those of umT5."""
     dim, length = preset["dit"].text_dim, preset["dit"].text_len
     prompts = UMT5Prompts(t5, dim, length, device) if t5 else NoPrompts(dim, length)
-    return Base(name=name, codec=WanCodec(vae, device), prompts=prompts, **preset)
+    return Base(name=name, codec=codec, prompts=prompts, **preset)
 
 
-def open_vae(folder):
-    """(diffusers' AutoencoderKLWan, its folder) from a local folder; random weights for "random", to measure speed."""
+def open_vae(folder, codec):
+    """(diffusers' AutoencoderKLWan, its folder) from a local folder; random weights for "random", to measure speed.
+
+    codec: the class of codec that it must fit. Raises UserError.
+    """
     try:
         from diffusers import AutoencoderKLWan, __version__
     except ImportError:
@@ -65,17 +73,17 @@ def open_vae(folder):
             f"diffusers {__version__} decodes Wan's latents wrongly piece by piece: pip install diffusers>={oldest}"
         )
     if folder == "random":
-        return AutoencoderKLWan(), None
+        return AutoencoderKLWan(**codec.architecture), None
     path = subfolder(folder, "vae", "--vae")
     vae = from_pretrained(AutoencoderKLWan, path, f"--vae {folder}", torch.float32)
     c = vae.config
     space = 2 ** (len(c.dim_mult) - 1) * (c.patch_size or 1)
-    same_shape = (c.z_dim, 2 ** sum(c.temperal_downsample), space) == (WanCodec.channels, *WanCodec.stride[:2])
-    # Wan 2.2's small models have another VAE
-    if not same_shape or not torch.allclose(torch.tensor([c.latents_mean, c.latents_std]), torch.tensor([MEAN, STD])):
+    same_shape = (c.z_dim, 2 ** sum(c.temperal_downsample), space) == (codec.channels, *codec.stride[:2])
+    theirs, ours = torch.tensor([*c.latents_mean, *c.latents_std]), torch.tensor([*codec.mean, *codec.std])
+    if not same_shape or theirs.shape != ours.shape or not torch.allclose(theirs, ours):
         raise UserError(
-            f"--vae {folder} is another VAE ({c.z_dim} channels, {space} pixels per latent) than Wan 2.1's, whose "
-            "latents the DiT knows: give that one"
+            f"--vae {folder} is another VAE ({c.z_dim} channels, {space} pixels per latent) than Wan "
+            f"{codec.version}'s, whose latents the DiT knows: give that one"
         )
     return vae, path
 
@@ -84,14 +92,16 @@ class WanCodec(CausalCodec):
     """Wan's VAE, one or four frames at a time: its causal convolutions carry what they need in a cache, so a video of
     any length takes the memory of four frames. Without a folder, only what needs no weights works."""
 
-    channels, stride, large = 16, (4, 8, 8), True
+    version, channels, stride, large = "2.1", 16, (4, 8, 8), True
+    mean, std = MEAN, STD
+    architecture = {}  # arguments of diffusers' AutoencoderKLWan
     # float32, traced by a test: bytes of the weights; per pixel of a frame, what the decoder carries from one latent to
     # the next, and the most that decoding needs, that included
     weight_bytes, carried_per_pixel, decoding_per_pixel = 507_570_124, 9_545, 19_940
 
     def __init__(self, folder="", device="cpu"):
         self.device = device
-        self.vae, self.folder = open_vae(folder) if folder else (None, None)
+        self.vae, self.folder = open_vae(folder, type(self)) if folder else (None, None)
         if self.vae is not None:
             self.vae.eval().requires_grad_(False).to(device)
 
@@ -102,6 +112,11 @@ class WanCodec(CausalCodec):
     @property
     def settings(self):
         return ["wan", fingerprint(self.folder) if self.folder else None]
+
+    @property
+    def patch(self):
+        """This many rows and columns of pixels are channels of the VAE's networks, column before row."""
+        return self.vae.config.patch_size or 1
 
     def memory(self, pixels):
         what = "what it carries on, or decodes with"
@@ -115,13 +130,13 @@ class WanCodec(CausalCodec):
             raise UserError("latents of Wan need its VAE: give --vae, a local folder in the diffusers layout")
 
     def statistics(self, like):
-        return (torch.tensor(x).view(1, 16, 1, 1, 1).to(like) for x in (MEAN, STD))
+        return (torch.tensor(x).view(1, -1, 1, 1, 1).to(like) for x in (self.mean, self.std))
 
     def encoder(self):
         """A function that encodes a video piece by piece, (B, 3, 1 + 4k, H, W), later (B, 3, 4k, H, W), to the mean of
         its latents, normalised. Pieces joined equal the whole encoded at once."""
         self.check_weights()
-        cache, started = [None] * self.vae._cached_conv_counts["encoder"], False
+        cache, started, p = [None] * self.vae._cached_conv_counts["encoder"], False, self.patch
 
         @torch.no_grad()
         def encode(pixels):
@@ -132,8 +147,9 @@ class WanCodec(CausalCodec):
             parts = []
             for part in (pixels[:, :, :lone], *pixels[:, :, lone:].split(4, dim=2)):
                 if part.shape[2]:
-                    x = self.vae.encoder(part.to(self.device), feat_cache=cache, feat_idx=[0])
-                    parts.append(self.vae.quant_conv(x)[:, :16].to(pixels.device))
+                    x = rearrange(part.to(self.device), "b c f (h r) (w q) -> b (c q r) f h w", r=p, q=p)
+                    x = self.vae.encoder(x, feat_cache=cache, feat_idx=[0])
+                    parts.append(self.vae.quant_conv(x)[:, : self.channels].to(pixels.device))
             started = True
             latents = torch.cat(parts, dim=2)
             mean, std = self.statistics(latents)
@@ -142,12 +158,12 @@ class WanCodec(CausalCodec):
         return encode
 
     def decoder(self):
-        """A function that decodes a video piece by piece, (B, 16, f, h, w) -> (B, 3, F, 8h, 8w), clamped.
+        """A function that decodes a video piece by piece, (B, C, f, h, w) -> (B, 3, F, H, W), clamped.
 
         The very first latent becomes one frame, every other four. Pieces joined equal the whole decoded at once.
         """
         self.check_weights()
-        cache, started = [None] * self.vae._cached_conv_counts["decoder"], False
+        cache, started, p = [None] * self.vae._cached_conv_counts["decoder"], False, self.patch
 
         @torch.no_grad()
         def decode(latents):
@@ -157,6 +173,7 @@ class WanCodec(CausalCodec):
             parts = []
             for piece in z.split(1, dim=2):
                 x = self.vae.decoder(piece, feat_cache=cache, feat_idx=[0], first_chunk=not started)
+                x = rearrange(x, "b (c q r) f h w -> b c f (h r) (w q)", r=p, q=p)
                 parts.append(x.clamp(-1, 1).to(latents.device))
                 started = True
             return torch.cat(parts, dim=2)
@@ -176,7 +193,7 @@ class WanCodec(CausalCodec):
         return math.ceil(latents)
 
     def show(self, history, target, times):
-        """Pixels (B, 3, F', H, W): the last of the four frames of each latent of `target` (B, 16, F', h, w).
+        """Pixels (B, 3, F', H, W): the last of the four frames of each latent of `target` (B, C, F', h, w).
 
         They are put at `times` (B, F') into a video that begins with `history` and decoded with all before them, since
         the VAE is causal.

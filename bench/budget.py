@@ -326,7 +326,7 @@ def print_sampling_memory(base, frozen, trained, tokens):
 
 @dataclass
 class BudgetConfig:
-    preset: str = "wan-14b"  # nano, small, wan-1.3b, wan-14b
+    preset: str = "wan-14b"  # nano, small, wan-1.3b, wan-14b, wan2.2-5b
     rate: str = None  # compression on the DiT's token grid, rows x columns x frames [the preset's]
     gpus: int = 8  # GPUs to train on
     memory_gb: float = 79.0  # memory of each, GiB; an 80 GB card has about this much

@@ -20,7 +20,7 @@ from bench.speed import alternate
 from bench.stats import per_clip
 from dolls.scores import MAIN, score
 from pretrain import generator
-from sample import Memory, sample
+from sample import Memory, euler, sample
 from util.cli import UserError
 from util.device import autocast, pick_device
 from util.video import to_frames, to_pixels
@@ -41,7 +41,7 @@ def story_base(runs):
 
 
 @torch.no_grad()
-def continue_stories(model, base, clips, first, sections, config):
+def continue_stories(model, base, clips, first, sections, config, solver=euler):
     """Write sections from number `first` on, each from all before it: uint8 (n, S, F, H, W, 3)."""
     device, made = pick_device(config.device), []
     for start in tqdm(range(0, len(clips), config.batch), desc=f"continuing, {type(model.encoder).__name__}"):
@@ -57,7 +57,7 @@ def continue_stories(model, base, clips, first, sections, config):
             noise = [torch.randn(shape, generator=generator(config.seed, row, k)) for row in rows]
             text = [clips[row].text(k * base.section, base.prompts) for row in rows]
             noise, text = torch.cat(noise).to(device), torch.cat(text).to(device)
-            settings = config.steps, config.shift, config.guidance
+            settings = config.steps, config.shift, config.guidance, solver
             with autocast(device):
                 x = sample(model.dit, noise, text, times, memory.context(), *settings).float()
                 pixels = base.codec.decode(x)

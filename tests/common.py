@@ -103,25 +103,29 @@ SETTINGS = dict(
 def tiny_base(name="tiny"):
     base = open_base(name)
     if base.codec.causal:
-        base.codec = BlockCodec()  # Wan's own needs weights
+        base.codec = BlockCodec(base.codec)  # Wan's own needs weights
     return base
 
 
 class BlockCodec(wan.WanCodec):
-    """Wan's codec with linear maps in place of its networks: one latent for a frame, then for every four."""
+    """Wan's codec with linear maps in place of its networks: one latent for a frame, then for every four.
+
+    like: the codec whose channels and stride it has.
+    """
 
     decodes, settings, lookback = True, ["blocks"], 1
 
-    def __init__(self):
+    def __init__(self, like=wan.WanCodec):
         super().__init__()
-        self.matrix = randn(16, 3)
+        self.channels, self.stride = like.channels, like.stride
+        self.matrix = randn(self.channels, 3)
 
     def encoder(self):
         started = False
 
         def encode(pixels):
             nonlocal started
-            x, lone, started = F.avg_pool3d(pixels, (1, 8, 8)), 0 if started else 1, True
+            x, lone, started = F.avg_pool3d(pixels, (1, *self.stride[1:])), 0 if started else 1, True
             parts = [x[:, :, :lone]] + ([F.avg_pool3d(x[:, :, lone:], (4, 1, 1))] if x.shape[2] > lone else [])
             return torch.einsum("kc,bcfhw->bkfhw", self.matrix, torch.cat(parts, dim=2))
 
@@ -133,7 +137,8 @@ class BlockCodec(wan.WanCodec):
         def decode(latents):
             nonlocal started
             x = torch.einsum("ck,bkfhw->bcfhw", torch.linalg.pinv(self.matrix), latents)
-            x = x.repeat_interleave(8, 3).repeat_interleave(8, 4).repeat_interleave(4, 2)
+            for axis, n in enumerate(self.stride, 2):
+                x = x.repeat_interleave(n, axis)
             x, started = x if started else x[:, :, 3:], True
             return x.clamp(-1, 1)
 

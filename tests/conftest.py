@@ -9,6 +9,8 @@ import torch
 
 import finetune
 import pretrain
+from bases.wan import WanCodec
+from bases.wan22 import Wan22Codec
 from data import story_clips
 from tests.common import flags, run, tiny_base
 from util.cli import warn
@@ -107,15 +109,25 @@ def stage2_runs(cache, stage1, tmp_path_factory):
     return quiet_runs(finetune.main, tmp_path_factory.mktemp("stage2"), given)
 
 
+def tiny_vae(codec, path, **changes):
+    """A folder with the VAE of one of Wan's codecs, tiny and random."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    tiny = dict(base_dim=8, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    diffusers.AutoencoderKLWan(**codec.architecture | tiny | changes).save_pretrained(path)
+    return path
+
+
 @pytest.fixture(scope="session")
 def vae(tmp_path_factory):
-    """A folder with Wan's VAE, tiny and random."""
-    diffusers = pytest.importorskip("diffusers")
-    path = tmp_path_factory.mktemp("vae")
-    torch.manual_seed(0)
-    tiny = dict(base_dim=8, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-    diffusers.AutoencoderKLWan(**tiny).save_pretrained(path)
-    return path
+    """Wan 2.1's."""
+    return tiny_vae(WanCodec, tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture(scope="session")
+def vae22(tmp_path_factory):
+    """Wan 2.2's."""
+    return tiny_vae(Wan22Codec, tmp_path_factory.mktemp("vae22"), decoder_base_dim=12)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import model
 from bases import open_base
 from bases.wan import WanCodec
+from bases.wan22 import Wan22Codec
 from bench import budget
 from encoder import MemoryDiT
 from model import DiT, DiTConfig
@@ -203,13 +204,15 @@ def test_a_random_frozen_dit_is_never_in_float32(monkeypatch):
 
 
 @pytest.mark.optional
-def test_memory_of_wans_vae():
+@pytest.mark.parametrize("kind, height, width", [(WanCodec, 480, 832), (Wan22Codec, 704, 1280)])
+def test_memory_of_wans_vae(kind, height, width):
     """Against all that lives while the real architecture decodes, without a number computed."""
     diffusers = pytest.importorskip("diffusers")
-    codec, height, width = WanCodec(device="meta"), 480, 832
+    codec = kind(device="meta")
     with torch.device("meta"):
-        codec.vae = diffusers.AutoencoderKLWan().requires_grad_(False)
-    decode, latents = codec.decoder(), torch.empty(1, 16, 9, height // 8, width // 8, device="meta")
+        codec.vae = diffusers.AutoencoderKLWan(**codec.architecture).requires_grad_(False)
+        latents = torch.empty(1, codec.channels, 9, height // codec.stride[1], width // codec.stride[2])
+    decode = codec.decoder()
     with Live() as live:
         for section in latents.split([1, 8], dim=2):
             pixels = decode(section)
@@ -254,6 +257,7 @@ def test_training_memory_counts_all_copies_of_the_weights():
         ("small", ["63,545,856", "448x256", "71,680"]),
         ("wan-1.3b", ["1,418,996,800", "4,264", "126,360", "5,460", "yes       yes"]),
         ("wan-14b", ["14,288,491,584", "6,240 + 4,264", "12,480 + 4,264", "6,344", "1.39 PFLOP"]),
+        ("wan2.2-5b", ["4,999,787,712", "3,520 + 3,660", "106,480", "13,420", "1,708", "no        no"]),
     ],
 )
 def test_the_command_prints_its_predictions(preset, expected, capsys):

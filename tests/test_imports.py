@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from bases import nano, wan
+from bases import nano, wan, wan22
 from tests.common import ROOT
 
 SEVEN = ["model", "encoder", "data", "pretrain", "finetune", "sample", "eval"]
@@ -88,7 +88,7 @@ def test_nothing_imports_in_a_circle():
 
 
 def test_no_file_asks_which_base_it_is():
-    bases = {"wan", "dct", "hunyuan", *nano.PRESETS, *wan.PRESETS} - {"tiny", "tiny-wan"}
+    bases = {"wan", "dct", "hunyuan", *nano.PRESETS, *wan.PRESETS, *wan22.PRESETS} - {"tiny", "tiny-wan"}
     for module, path in FILES.items():
         if room(module) == "bases":
             continue

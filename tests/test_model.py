@@ -13,7 +13,7 @@ import pretrain
 from bench.nets import diffusers_dit
 from data import story_clips
 from encoder import MemoryDiT
-from model import DiT, DiTConfig, add_noise
+from model import DiT, DiTConfig, add_noise, token_positions
 from sample import sample
 from tests.common import ROOT, SHARED, flags, losses, randn, randomize, run, smaller, tiny_base
 from util import attention
@@ -141,10 +141,8 @@ def test_the_dit_equals_a_plain_one(M, rotate_values):
         assert (v[b] - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("case", "abc")
-@pytest.mark.parametrize("name", ["wan_tiny", "wan_tiny_eps"])
-@torch.no_grad()
-def test_the_dit_equals_wan(name, case):
+def load_fixture(name):
+    """(what its .json says, tensors, the DiT with its weights) of outputs of Wan's own code."""
     folder = FIXTURES if (FIXTURES / f"{name}.json").is_file() else SHARED / "fixtures"
     if not (folder / f"{name}.json").is_file():
         pytest.skip(f"{name} is not in tests/fixtures: it would make the repository too large")
@@ -154,11 +152,36 @@ def test_the_dit_equals_wan(name, case):
     config = {key: c[key] for key in same} | dict(heads=c["num_heads"], layers=c["num_layers"])
     dit = DiT(DiTConfig(patch=tuple(c["patch_size"]), **config))
     dit.load_state_dict({key[2:]: v for key, v in tensors.items() if key.startswith("w.")}, strict=True)
+    return about, tensors, dit
+
+
+@pytest.mark.parametrize("case", "abc")
+@pytest.mark.parametrize("name", ["wan_tiny", "wan_tiny_eps"])
+@torch.no_grad()
+def test_the_dit_equals_wan(name, case):
+    about, tensors, dit = load_fixture(name)
     assert f"in.{case}.x0" in tensors
     for i in range(about["cases"][case]["batch"]):
         names = f"in.{case}.x{i}", f"in.{case}.context{i}", f"out.{case}.x{i}"
         x, context, out = (tensors[name][None] for name in names)
         assert (dit(x, tensors[f"in.{case}.t"][i : i + 1], context) - out).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("case", "abc")
+@torch.no_grad()
+def test_the_dit_equals_wan_2_2(case):
+    """TI2V-5B's; in case c the first latent frame is clean, at t = 0, which here is memory."""
+    about, tensors, dit = load_fixture("wan22_tiny")
+    x, t, out = (tensors[f"{kind}.{case}{part}"] for kind, part in (("in", ".x"), ("in", ".t"), ("out", "")))
+    lone = case == "c"
+    assert about["cases"][case]["kind"] == ("first frame clean" if lone else "one timestep")
+    first, times = dit.patch_embedding(x[:, :, :lone]), torch.arange(lone, x.shape[2])
+    memory = first, token_positions(torch.arange(int(lone)), x.shape[3] // 2, x.shape[4] // 2)
+    for i in range(len(x)):
+        text = tensors[f"in.{case}.context{i}"][None]
+        row = slice(i, i + 1)
+        v = dit(x[row, :, lone:], t[row], text, times, (memory[0][row], memory[1]))
+        assert (v - out[row, :, lone:]).abs().max() < 1e-5 and v.std() > 0.1
 
 
 @pytest.mark.optional

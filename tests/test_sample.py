@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import av
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -179,15 +180,68 @@ def test_words_that_no_caption_has_are_warned_of(capsys):
     assert "never seen dragon;" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("case", ["one frame", "4 x 4 pixels", "shorter than a segment", "tall", "no memory"])
+@pytest.mark.parametrize("case", ["one frame", "4 x 4 pixels", "shorter than a segment", "tall", "no memory", "cached"])
 def test_sample_takes_odd_clips(case):
     sizes = {"one frame": (1, 32, 32), "4 x 4 pixels": (12, 4, 4), "tall": (12, 50, 22)}
     n, h, w = sizes.get(case, (3, 32, 32))
     write_raw("a.mkv", greys(n, h, w), "ffv1", "bgr0", times=[500 * i for i in range(n)])
-    checkpoint = write_checkpoint(method="none" if case == "no memory" else "proposed")
+    method = "none" if case == "no memory" else "proposed"
+    checkpoint = write_checkpoint(method=method, cache_memory=case == "cached")
     common = "--history", "a.mkv", "--checkpoint", checkpoint
     run(sample.main, *common, "--seconds=2", "--steps=1", "--save_file=b.mp4")
     assert len(read_video("b.mp4", 2, 32, 32)) == n + 4
+
+
+@pytest.mark.parametrize("name", ["a.png", "b.jpg", "out/c.png"])
+def test_sample_begins_with_a_picture(name, capsys):
+    """It is a history of one frame, which waits uncompressed; 16 tokens."""
+    Path("out").mkdir()
+    x = np.arange(48)
+    picture = np.stack([np.add.outer(3 * x[:40], 2 * x), *[np.full((40, 48), 90)] * 2], axis=-1).astype(np.uint8)
+    iio.imwrite(name, picture)
+    whole = Path(name).read_bytes()
+    run(sample.main, "--history", name, "--checkpoint", write_checkpoint(), "--seconds=3", "--steps=1")
+    said, file = capsys.readouterr(), Path("out") / f"{Path(name).stem}{'_continued' * name.startswith('out')}.mp4"
+    made, (frame,) = read_video(file, 2, 32, 32), read_video(name, 2, 32, 32)
+    assert len(made) == 1 + 8 and (made[0].float() - frame.float()).abs().mean() < 6
+    assert "memory: 16 tokens for its newest 0.5 s (uncompressed: 16)" in said.out
+    assert "tiny.safetensors was trained on histories of at least 2 s, and this one has 0.5 s" in said.err
+    assert file.with_suffix(".png").is_file() and Path(name).read_bytes() == whole
+
+
+def test_sample_begins_with_a_text_alone(capsys, refused):
+    common = "--checkpoint", write_checkpoint(), "--seconds=4", "--steps=1"
+    assert "--history is missing" in refused(sample.main, *common)
+    run(sample.main, *common, "--prompt", "0s: a cat / 2s: a dog")
+    said, made = capsys.readouterr(), read_video("out/text.mp4", 2, 32, 32)
+    assert len(made) == 8 and "memory: 0 tokens" in said.out and "without memory" not in said.err
+    assert "and this one has 0 s" in said.err
+    sheet = iio.imread("out/text.png")
+    assert sheet.shape[0] < 2 * 128  # one row
+    run(sample.main, *common, "--prompt", "0s: a cat / 2s: a cow", "--save_file=b.mp4")
+    other = read_video("b.mp4", 2, 32, 32)
+    assert torch.equal(made[:4], other[:4]) and not torch.equal(made[4:], other[4:])
+
+
+def test_a_clip_as_long_as_those_of_training_is_not_warned_of(capsys):
+    common = "--checkpoint", write_checkpoint(), "--seconds=2", "--steps=1"
+    for n, warnings in (3, 1), (4, 0):
+        write_video(f"{n}.mp4", n)
+        run(sample.main, "--history", f"{n}.mp4", *common)
+        assert capsys.readouterr().err.count("was trained on histories of at least 2 s") == warnings
+
+
+def test_sampling_from_nothing_reads_no_memory_at_first():
+    base = tiny_base()
+    model, seen = randomize(MemoryDiT(base)), []
+    model.dit.register_forward_pre_hook(lambda _, args: seen.append(args))
+    memory = Memory(model, base.codec)
+    config = sample.SampleConfig(steps=1, guidance=1, shift=3.0)
+    texts = [randn(24, 16)] * 2
+    made = list(sample.continue_video(model, base, memory, base.codec.decoder(), texts, config, (32, 32)))
+    assert [frames.shape for frames, _ in made] == [(4, 32, 32, 3)] * 2
+    assert [(x.shape[2], times.tolist()) for x, _, _, times, _ in seen] == [(4, [0, 1, 2, 3]), (4, [4, 5, 6, 7])]
+    assert seen[0][4] is None and seen[1][4][0].shape[1] == 2
 
 
 def test_sample_goes_on_from_what_is_left_of_a_video(capsys):

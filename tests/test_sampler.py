@@ -1,12 +1,21 @@
-"""Solvers against closed forms and diffusers; guidance: negative prompt, interval of noise levels, CFG-Zero*."""
+"""Solvers against closed forms and diffusers; guidance: negative prompt, interval of noise levels, CFG-Zero*; what each
+costs and brings: eval.py solvers."""
 
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from bench.consistency import StoryConfig, continue_stories
+from data import story_clips
+from encoder import load_model
+from eval import main, psnr
+from model import DiT
 from sample import SOLVERS, Guidance, euler, sample
-from tests.common import randn
+from tests.common import randn, read_csv, run, tiny_base, write_checkpoint
 from util.cli import load_object
 from util.unipc import unipc
 
@@ -142,3 +151,42 @@ def test_cfg_zero_goes_nowhere_in_the_first_steps(steps, zero, solver):
     moved = (noise - x)[:, 0, 0, 0, 0] * steps / (steps - zero)
     assert moved.tolist() == pytest.approx([2, 4], rel=1e-3)
     assert len(guided(Guidance(1.0, zero_star=True), steps)[1]) == steps  # a part of guidance
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# python eval.py solvers
+
+
+def test_solvers_command(cache, capsys, monkeypatch):
+    forward, calls = DiT.forward, []
+    monkeypatch.setattr(DiT, "forward", lambda *args: calls.append(1) or forward(*args))
+    common = "--checkpoint", write_checkpoint(), "--clips", 2, "--cache", cache, "--device", "cpu"
+    run(main, "solvers", *common, "--steps", 5)
+    rows = read_csv("out/solvers.csv")
+    asked = {(r["solver"], int(r["steps"]), float(r["guidance"])): r for r in rows}
+    assert set(asked) == {(solver, n, g) for solver in ("euler", "unipc") for n in (1, 2, 4) for g in (1, 1.5)}
+    passes = [int(r["passes"]) for r in rows]
+    assert passes == sorted(passes) and sum(passes) == len(calls)  # both stories are one batch
+    assert asked["unipc", 4, 1.5]["passes"] == "8" and asked["unipc", 4, 1]["passes"] == "4"
+
+    base, config = tiny_base(), StoryConfig(steps=4, guidance=1.5, device="cpu")  # the PSNR of a row, again
+    clips = story_clips("held-out", 2, base, cache, keep_pixels=True)
+    made = continue_stories(load_model("tiny.safetensors", base), base, clips, 10, 1, config, unipc).flatten(1, 2)
+    found = psnr(made, torch.stack([clip.pixels[40:44] for clip in clips.clips])).mean().item()
+    assert float(asked["unipc", 4, 1.5]["psnr"]) == pytest.approx(found, abs=0.01)
+    values = {key: float(r["psnr"]) for key, r in asked.items()}
+    assert values["unipc", 2, 1.5] == pytest.approx(values["euler", 2, 1.5], abs=0.01)
+    assert len({round(values[key], 3) for key in values if key[1] == 4}) == 4
+
+    assert np.array(Image.open("out/solvers.png").convert("RGB")).std() > 5
+    assert "8 passes: unipc   4 steps, guidance 1.5: consistency" in capsys.readouterr().out
+    run(main, "solvers", *common, "--steps", 1, "--guidance", 1, "--out", "plain")
+    assert [r["solver"] for r in read_csv("plain/solvers.csv")] == ["euler", "unipc"]
+
+
+def test_solvers_refuses_what_it_cannot_measure(refused):
+    assert "give one of finetune.py" in refused(main, "solvers", "--checkpoint", write_checkpoint(stage="pretrain"))
+    for flag, value in ("--steps", 0), ("--sections", 0), ("--guidance", -1), ("--shift", 0):
+        assert f"{flag} {value}" in refused(main, "solvers", "--checkpoint", write_checkpoint(), flag, value)
+    Path("out/solvers.png").mkdir(parents=True)
+    assert "solvers.png" in refused(main, "solvers", "--checkpoint", write_checkpoint())

@@ -1,10 +1,12 @@
-"""Wan 2.1: its VAE, umT5, whole segments. The VAE and umT5 are tiny and random, and need diffusers and transformers."""
+"""Wan 2.1 and 2.2: their VAEs, umT5, whole segments. The VAEs and umT5 are tiny and random, and need diffusers and
+transformers."""
 
 import json
 import re
 import shutil
 from types import SimpleNamespace
 
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
@@ -13,32 +15,48 @@ from safetensors.torch import load_file, save_file
 
 import finetune
 import pretrain
+import sample
 from bases import open_base
+from bases.nano import HashPrompts
 from bases.umt5 import UMT5Prompts
-from bases.wan import MEAN, STD, WanCodec
+from bases.wan import WanCodec
+from bases.wan22 import Wan22Codec
 from data import Clip, Clips
 from encoder import MemoryDiT
-from tests.common import SETTINGS, BlockCodec, randn, smaller, tiny_base
+from sample import Memory
+from tests.common import SETTINGS, BlockCodec, randn, randomize, run, smaller, tiny_base, write_checkpoint
 from util.cli import UserError
+from util.device import autocast
 from util.folder import copy_history
+from util.video import read_video, to_frames
+
+
+@pytest.fixture(params=["2.1", "2.2"])
+def codec(request):
+    version = {"2.1": (WanCodec, "vae"), "2.2": (Wan22Codec, "vae22")}[request.param]
+    return version[0](request.getfixturevalue(version[1]))
 
 
 @pytest.mark.optional
-def test_the_vae_in_pieces_equals_the_whole(vae):
-    codec, pixels = WanCodec(vae), randn(1, 3, 21, 32, 48).clamp(-1, 1)
+def test_the_vae_in_pieces_equals_the_whole(codec):
+    C, height, width = codec.channels, 4 * codec.stride[1], 6 * codec.stride[2]
+    pixels = randn(1, 3, 21, height, width).clamp(-1, 1)
     latents = codec.encode(pixels)
-    mean, std = (torch.tensor(x).view(1, 16, 1, 1, 1) for x in (MEAN, STD))
+    mean, std = (torch.tensor(x).view(1, C, 1, 1, 1) for x in (codec.mean, codec.std))
     with torch.no_grad():
         theirs = codec.vae.encode(pixels).latent_dist.mode()
         whole = codec.vae.decode(theirs).sample
-    assert latents.shape == (1, 16, 6, 4, 6) and (latents * std + mean - theirs).abs().max() < 1e-4
+    assert latents.shape == (1, C, 6, 4, 6) and (latents * std + mean - theirs).abs().max() < 1e-4
     decode = codec.decoder()
     parts = [decode(part) for part in latents.split([1, 2, 3], dim=2)]
-    assert [part.shape[2] for part in parts] == [1, 8, 12]
+    assert [part.shape[2:] for part in parts] == [(n, height, width) for n in (1, 8, 12)]
     assert (torch.cat(parts, 2) - whole).abs().max() < 1e-4 and (codec.decode(latents) - whole).abs().max() < 1e-4
     assert (codec.decode(latents[:, :, 3:]) - whole[:, :, 9:10]).abs().max() > 1e-3  # what went before matters
     assert [codec.frames(n) for n in (1, 4, 5, 480, 481)] == [1, 1, 5, 477, 481]
-    assert tuple(codec.vae.config.latents_mean) == MEAN and tuple(codec.vae.config.latents_std) == STD
+    assert tuple(codec.vae.config.latents_mean) == codec.mean and tuple(codec.vae.config.latents_std) == codec.std
+    encode = codec.encoder()
+    pieces = [encode(piece) for piece in (pixels[:, :, :1], *pixels[:, :, 1:].split([8, 12], dim=2))]
+    assert (torch.cat(pieces, dim=2) - latents).abs().max() < 1e-4
 
 
 @pytest.mark.optional
@@ -77,17 +95,26 @@ def test_another_vae_is_refused(change, says, tmp_path, vae):
 
 
 @pytest.mark.optional
+def test_wans_versions_have_another_vae_each(vae, vae22):
+    with pytest.raises(UserError, match="48 channels, 16 pixels per latent.* than Wan 2.1's"):
+        open_base("wan-14b", vae22)
+    with pytest.raises(UserError, match="16 channels, 8 pixels per latent.* than Wan 2.2's"):
+        open_base("wan2.2-5b", vae)
+    assert open_base("wan2.2-5b", vae22).codec.decodes
+
+
+@pytest.mark.optional
 def test_a_text_encoder_of_another_width_is_refused(t5):
     with pytest.raises(UserError, match="makes vectors of 16 numbers, but the DiT reads 32"):
         UMT5Prompts(t5, 32)
 
 
 @pytest.mark.optional
-def test_the_vae_shows_frames_in_their_place(vae):
-    codec = WanCodec(vae)
-    latents, other = (codec.encode(randn(2, 3, 21, 16, 16, seed=i).clamp(-1, 1)) for i in (0, 1))
+def test_the_vae_shows_frames_in_their_place(codec):
+    size = [2 * n for n in codec.stride[1:]]
+    latents, other = (codec.encode(randn(2, 3, 21, *size, seed=i).clamp(-1, 1)) for i in (0, 1))
     shown = codec.show(latents, other[:, :, [2, 4]], torch.tensor([[2, 4], [0, 5]]))
-    assert shown.shape == (2, 3, 2, 16, 16)
+    assert shown.shape == (2, 3, 2, *size)
     video = latents[:1].clone()
     video[:, :, [2, 4]] = other[:1, :, [2, 4]]
     assert (shown[0] - codec.decode(video)[0][:, [8, 16]]).abs().max() < 1e-4
@@ -96,11 +123,10 @@ def test_the_vae_shows_frames_in_their_place(vae):
 
 
 @pytest.mark.optional
-@pytest.mark.parametrize("n, height, width", [(33, 16, 16), (41, 24, 16)])
-def test_the_decoder_needs_no_more_than_its_lookback(n, height, width, vae):
+@pytest.mark.parametrize("n, height, width", [(33, 2, 2), (41, 3, 2)])
+def test_the_decoder_needs_no_more_than_its_lookback(n, height, width, codec):
     """The next section after the whole history, and after its newest latents alone."""
-    codec = WanCodec(vae)
-    history, section = randn(1, 16, n, height // 8, width // 8), randn(1, 16, 2, height // 8, width // 8, seed=1)
+    history, section = (randn(1, codec.channels, k, height, width, seed=k) for k in (n, 2))
 
     def decode_after(latents):
         decode = codec.decoder()
@@ -113,32 +139,35 @@ def test_the_decoder_needs_no_more_than_its_lookback(n, height, width, vae):
 
 
 @pytest.mark.optional
-def test_the_lookback_of_wan_in_full_size():
-    codec = WanCodec()
+@pytest.mark.parametrize("kind, parameters", [(WanCodec, 126_892_531), (Wan22Codec, 704_688_668)])
+def test_the_lookback_of_wan_in_full_size(kind, parameters):
+    codec = kind()
     with torch.device("meta"):
-        codec.vae = pytest.importorskip("diffusers").AutoencoderKLWan()
-    assert codec.lookback == 38
+        codec.vae = pytest.importorskip("diffusers").AutoencoderKLWan(**codec.architecture)
+    assert codec.lookback == 38 and codec.memory(1)[0]["VAE"] == 4 * parameters
+    assert sum(p.numel() for p in codec.vae.parameters()) == parameters
 
 
+@pytest.mark.parametrize("kind", [WanCodec, Wan22Codec])
 @pytest.mark.parametrize("rate", [(2, 4, 4), (1, 2, 2), (4, 2, 2)])
-def test_low_is_a_stream_of_the_smaller_video(rate):
-    check_low(BlockCodec(), rate)
+def test_low_is_a_stream_of_the_smaller_video(rate, kind):
+    check_low(BlockCodec(kind), rate)
     with pytest.raises(UserError, match="--vae"):
-        WanCodec().low_encoder(rate)
+        kind().low_encoder(rate)
 
 
 @pytest.mark.optional
-def test_low_is_a_stream_of_the_smaller_video_with_a_vae(vae):
-    check_low(WanCodec(vae), (2, 2, 2))
+def test_low_is_a_stream_of_the_smaller_video_with_a_vae(codec):
+    check_low(codec, (2, 2, 2))
 
 
 def check_low(codec, rate):
     """Frames 0, t, 2t, ... made smaller; segment by segment as all at once; any history is the stream's beginning."""
-    (t, h, w), pixels = rate, randn(1, 3, 33, 64, 96).clamp(-1, 1)
+    (t, h, w), (_, y, x), pixels = rate, codec.stride, randn(1, 3, 33, 64, 96).clamp(-1, 1)
     low, encode = codec.encode_low(pixels, rate), codec.low_encoder(rate)
-    assert low.shape == (1, 16, 1 + 8 // t, -(-64 // (8 * h)), -(-96 // (8 * w)))
-    small = pixels[:, :, ::t].unfold(3, h, h).unfold(4, w, w).mean((5, 6))
-    small = F.pad(small, (0, -small.shape[4] % 8, 0, -small.shape[3] % 8, 0, 0), mode="replicate")
+    assert low.shape == (1, codec.channels, 1 + 8 // t, -(-64 // (y * h)), -(-96 // (x * w)))
+    small = F.pad(pixels[:, :, ::t], (0, -96 % (x * w), 0, -64 % (y * h), 0, 0), mode="replicate")
+    small = small.unfold(3, h, h).unfold(4, w, w).mean((5, 6))
     assert torch.allclose(low, codec.encode(small), atol=1e-4) and low.std() > 0.01
     pieces = [encode(piece) for piece in (pixels[:, :, :1], *pixels[:, :, 1:].split(16, dim=2))]
     assert torch.allclose(torch.cat(pieces, dim=2), low, atol=1e-4)
@@ -203,8 +232,43 @@ def test_a_history_is_whole_segments(frames, latents, tokens):
     with torch.device("meta"):
         encoder = MemoryDiT(base, rate="4x4x2").encoder
         high = torch.zeros(1, 16, latents, 480 // 8, 832 // 8)
-        memory = encoder.encode(high, smaller(high, encoder.rate))
+    memory = encoder.encode(high, smaller(high, encoder.rate))
     assert memory[0].shape == (1, tokens, base.dit.dim)
+
+
+def test_a_video_from_nothing_begins_with_a_lone_latent():
+    """As a whole video does: section + 1 latents at times from 0 on; later sections follow as after any history."""
+    base = tiny_base("tiny-wan")
+    model, seen = randomize(MemoryDiT(base)), []
+    model.dit.register_forward_pre_hook(lambda _, args: seen.append(args))
+    memory, latents = Memory(model, base.codec), []
+    append = memory.append
+    memory.append = lambda x, pixels: (latents.append(x), append(x, pixels))
+    config = sample.SampleConfig(steps=1, guidance=1, shift=3.0)
+    made = sample.continue_video(model, base, memory, base.codec.decoder(), [randn(24, 16)] * 3, config, (32, 32))
+    frames = torch.cat([frames for frames, _ in made])
+    assert [times.tolist() for _, _, _, times, _ in seen] == [[*range(5)], [*range(5, 9)], [*range(9, 13)]]
+    assert [x.shape[2] for x, *_ in seen] == [5, 4, 4] and seen[0][4] is None
+    assert [n for _, n in memory.segments] == [1, 4, 4, 4] and len(memory.times) == 0
+    pixels = base.codec.decode(torch.cat(latents, dim=2))
+    assert torch.equal(frames, to_frames(pixels)[0]) and len(frames) == 1 + 3 * 16
+    with torch.no_grad(), autocast(pixels.device):
+        low = base.codec.encode_low(pixels, model.encoder.rate)
+        whole = model.encoder.encode(torch.cat(latents, dim=2), low)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(memory.context(), whole))
+
+
+@pytest.mark.parametrize("given, kept", [(["--history", "a.png"], 1), (["--prompt", "a cat"], 0)])
+def test_sample_begins_with_a_picture_or_a_text(given, kept, monkeypatch, capsys):
+    monkeypatch.setattr("bases.wan.WanCodec", lambda vae, device: BlockCodec())
+    monkeypatch.setattr("bases.wan.NoPrompts", HashPrompts)
+    iio.imwrite("a.png", np.full((32, 32, 3), 90, np.uint8))
+    checkpoint = write_checkpoint(preset="tiny-wan")
+    run(sample.main, *given, "--checkpoint", checkpoint, "--seconds=16", "--steps=1", "--save_file=b.mp4")
+    said, made = capsys.readouterr(), read_video("b.mp4", 2, 32, 32)
+    assert len(made) == 1 + 2 * 16 and f"history: {kept / 2:g} s, {kept} frames; memory: {kept} tokens" in said.out
+    assert f"at least 8 s, and this one has {kept / 2:g} s" in said.err
+    assert ((made[0].float() - 90).abs().mean() < 12) == bool(kept)
 
 
 @pytest.mark.optional

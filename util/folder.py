@@ -59,7 +59,8 @@ class History:
 
 
 def copy_history(frames, writer, base, most):
-    """Write the frames of a clip, one at a time -> History. most: sections to remember, or None for all."""
+    """Write the frames of a clip, one at a time, if there are any -> History. most: sections to remember, or None for
+    all."""
     section = base.section * base.codec.stride[0]
     held = deque(maxlen=most and max(most * section + base.codec.causal, COLUMNS * section))
     n_frames = 0
@@ -72,7 +73,7 @@ def copy_history(frames, writer, base, most):
     if base.codec.causal and n > section:
         # keep whole segments only: waiting frames would outnumber all memory tokens; the oldest frames are dropped
         n = 1 + (n - 1) // section * section
-    newest = torch.from_numpy(np.stack(held))
+    newest = torch.from_numpy(np.stack(held)) if held else torch.zeros(0, 1, 1, 3, dtype=torch.uint8)
     return History(newest, newest[-base.codec.frames(n) :], n_frames)
 
 

@@ -5,11 +5,30 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from util.cli import warn
+from util.cli import UserError, warn
 from util.files import check_output, same_path
 from util.folder import warn_past_end
 from util.sheets import sheet_path
 from util.storyboard import parse_storyboard, prompt_at, storyboard_beside
+
+
+def check_sampler(config, solvers):
+    """Raise UserError for settings of the sampler that make no sense."""
+    if config.solver not in solvers:
+        raise UserError(f"--solver {config.solver}: choose one of {', '.join(solvers)}")
+    if config.steps < 1 or not 0 <= config.guidance < math.inf or not 0 < config.shift < math.inf:
+        raise UserError(
+            f"--steps {config.steps} --guidance {config.guidance} --shift {config.shift}: expected steps of at least "
+            "1, guidance of at least 0, shift above 0"
+        )
+    low, high = config.guidance_interval
+    if not 0 <= low < high <= 1:
+        raise UserError(f"--guidance_interval {low:g} {high:g}: give two noise levels, 0 <= LOW < HIGH <= 1")
+    for key in ("negative", "guidance_interval", "cfg_zero"):
+        if config.guidance == 1 and getattr(config, key) != getattr(type(config), key):
+            raise UserError(f"--{key} does nothing with --guidance 1, which is none: drop one of the two")
+    if not 0 <= config.memory_seconds < math.inf:
+        raise UserError(f"--memory_seconds {config.memory_seconds}: give seconds of history to keep, or 0 for all")
 
 
 def sections_remembered(config, base):
@@ -44,11 +63,22 @@ def section_prompts(config, base, clip_seconds):
     return storyboard, [prompt_at(storyboard, start + 1e-6) for start in starts]
 
 
+def warn_limits(config, base, frames, context):
+    """Warn of a history of so many frames that is shorter than any in training, or that the model cannot see, since
+    its `context` is None."""
+    length = base.section * base.codec.stride[0]
+    if frames < length + base.codec.causal and config.init != "random":
+        seen, given = length / base.fps, frames / base.fps
+        warn(f"{config.checkpoint} was trained on histories of at least {seen:g} s, and this one has {given:g} s")
+    if context is None and frames:
+        warn(f"{config.checkpoint} is a model without memory: what it generates does not know the history")
+
+
 def output_file(config):
     """--save_file or its default. Raises UserError if it, or the contact sheet beside it, may not be written."""
     history = Path(config.history)
-    file = Path(config.save_file or f"out/{history.stem}.mp4")
-    if not config.save_file and same_path(file, history):
+    file = Path(config.save_file or f"out/{history.stem or 'text'}.mp4")
+    if not config.save_file and any(same_path(path, history) for path in (file, sheet_path(file))):
         file = file.with_stem(file.stem + "_continued")
     for path in (file, sheet_path(file)):
         check_output(path, [history, config.checkpoint, config.prompt])

@@ -82,9 +82,10 @@ class SectionSheet:
 
     def save(self, path):
         rows, kept = [("history,\none frame per section", self.history)], torch.cat(self.kept)
+        rows, after = (rows, "new, from {:g} s\nafter its end") if len(self.history) else ([], "from {:g} s")
         for first in range(0, len(kept), COLUMNS):
             seconds = first * self.every / self.fps
-            rows.append((f"new, from {seconds:g} s\nafter its end", kept[first : first + COLUMNS]))
+            rows.append((after.format(seconds), kept[first : first + COLUMNS]))
         save_contact_sheet(rows, path)
 
 
