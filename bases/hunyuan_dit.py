@@ -44,6 +44,10 @@ class HunyuanConfig:
         self.pooled_dim = min(self.pooled_dim, self.text_dim)  # a row of the prompt holds it
 
     @property
+    def singles(self):
+        return 2 * self.layers if self.single_layers is None else self.single_layers
+
+    @property
     def rope_axes(self):
         d = self.dim // self.heads
         spatial = 2 * (7 * d // 32)
@@ -57,8 +61,7 @@ class HunyuanConfig:
 class ModulationLinear(nn.Linear):
     """Reads one vector per sample and level, no tokens; a LoRA leaves it alone. Starts at zero."""
 
-    def __init__(self, in_dim, out_dim):
-        super().__init__(in_dim, out_dim)
+    def reset_parameters(self):
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
@@ -268,8 +271,7 @@ class HunyuanDiT(nn.Module):
         self.vector_in = two_layers(c.pooled_dim, c.dim, c.dim, ("in_layer", "act", "out_layer"))
         self.guidance_in = embedder(c) if c.guided else None
         self.double_blocks = nn.ModuleList(DoubleBlock(c) for _ in range(c.layers))
-        n = 2 * c.layers if c.single_layers is None else c.single_layers
-        self.single_blocks = nn.ModuleList(SingleBlock(c) for _ in range(n))
+        self.single_blocks = nn.ModuleList(SingleBlock(c) for _ in range(c.singles))
         self.final_layer = FinalLayer(c)
         self.recompute = False  # activation checkpointing, set for training
 

@@ -185,15 +185,15 @@ def locate_tensors(wanted, files, rename):
                     )
                 pieces[order] = path, theirs, change
                 shapes[path, theirs] = tuple(f.get_slice(theirs).get_shape())
+    places = {name: [pieces[order] for order in sorted(pieces)] for name, pieces in places.items()}
+    for name, pieces in places.items():
+        check_shape(pieces, [shapes[path, theirs] for path, theirs, _ in pieces], tuple(wanted[name].shape))
     missing = [name for name in wanted if name not in places]
     if missing:
         raise UserError(
             f"{files[0]}: no tensor {missing[0]} ({len(missing)} of {len(wanted)} missing); is this a checkpoint of "
             "another model or method?"
         )
-    places = {name: [pieces[order] for order in sorted(pieces)] for name, pieces in places.items()}
-    for name, pieces in places.items():
-        check_shape(pieces, [shapes[path, theirs] for path, theirs, _ in pieces], tuple(wanted[name].shape))
     return places
 
 
