@@ -275,7 +275,7 @@ def collect(folder, encoded, names, base, pixels=False):
 class CacheConfig:
     videos: str = ""  # folder of videos, captions beside them
     out: str = ""  # folder for the cache
-    preset: str = "wan-1.3b"  # sizes, frame rate and codec; wan-1.3b and wan-14b share theirs
+    preset: str = "wan-1.3b"  # sizes, frame rate and codec; wan-1.3b, wan-14b and wan2.2-a14b share theirs
     captions: str = ""  # a JSONL file instead: {"video": path in the folder, "caption" or "storyboard": ...}
     rates: str = None  # of methods that will train on it, as in "4x4x2 2x2x2": `low` is kept for each [the preset's]
     vae: str = ""  # Wan: local folder of its VAE in the diffusers layout; nano and small: a codec file

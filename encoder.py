@@ -380,7 +380,7 @@ def load_model(path, base, init="", device="cpu"):
     if config.get("lora"):
         if not init:
             raise UserError(f"{path} holds only a LoRA and a memory encoder: give the base DiT too, --init")
-        base.load_dit(model.dit, init, device, frozen=True)
+        base.load_dit(model.dit, base.expert_weights(init, config.get("expert")), device, frozen=True)
         base.add_lora(model.dit, config["lora"])
     if model.config.cross_attention:
         model.dit.add_cross_attention()

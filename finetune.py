@@ -71,7 +71,7 @@ def draw_continuation(config, base, encoder, clips, rows, step, longest=False):
         begin = choices[int(torch.randint(len(choices), (), generator=g))]
         text = clip.text(begin, base.prompts) if torch.rand((), generator=g) >= config.text_drop else None
         first = begin - length * base.section - waiting - lone
-        level = noise_level(config, step, row)
+        level = noise_level(config, base, step, row)
         batches.append(section_batch(base, encoder, clip, first, begin, text, level, g, config.history_noise))
     return collate(batches)
 

@@ -359,12 +359,13 @@ class DiT(nn.Module):
 # Rectified flow
 
 
-def noise_levels(quantiles, mean, std=1.0):
-    """Logit-normal noise levels: sigmoid(N(mean, std)) at these quantiles in (0, 1), any shape.
+def noise_levels(quantiles, mean, std=1.0, between=(0.0, 1.0)):
+    """Logit-normal noise levels: sigmoid(N(mean, std)) at these quantiles in (0, 1), any shape; none outside `between`.
 
     A timestep shift s adds log(s) to the mean.
     """
-    return torch.sigmoid(mean + std * torch.special.ndtri(quantiles))
+    low, high = torch.special.ndtr((torch.tensor(between).logit() - mean) / std)
+    return torch.sigmoid(mean + std * torch.special.ndtri(low + (high - low) * quantiles)).clamp(*between)
 
 
 def add_noise(x0, noise, t):

@@ -34,9 +34,10 @@ from util.run import Run, check_init, claim_folder, describe
 class Config(MemoryConfig):
     """Settings of both stages."""
 
-    preset: str = "nano"  # base, model and data sizes: nano, small, wan-1.3b, wan-14b, wan2.2-5b
+    preset: str = "nano"  # base, model and data sizes: nano, small, wan-1.3b, wan-14b, wan2.2-5b, wan2.2-a14b
     data: str = "world"  # "world" (paper dolls), a folder of videos, a data.py cache, or a dataset as NAME:ARGUMENT
     init: str = "checkpoints/nano-base.safetensors"  # base DiT: a file or folder of weights, or "random"
+    expert: str = None  # wan2.2-a14b: which of its two DiTs to train, high or low, on that one's noise levels
     lora: int = None  # LoRA rank; 0 trains the whole DiT [the preset's]
     vae: str = ""  # Wan: local folder of its VAE, for PSNR and previews; nano and small: a codec file of your own
     steps: int = 250  # optimizer steps
@@ -107,14 +108,15 @@ def generator(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def noise_level(config, step, row):
+def noise_level(config, base, step, row):
     """Noise level, shape (1,), of one row of the global batch.
 
     Evenly spaced quantiles with one random offset per step, so every step covers all levels (the low-discrepancy
     sampler of Kingma et al. 2021).
     """
     offset = torch.rand(1, generator=generator(config.seed, step, "t"))
-    return noise_levels((row / config.batch + offset) % 1, config.t_mean, config.t_std)
+    quantile, between = (row / config.batch + offset) % 1, base.noise_range(config.expert)
+    return noise_levels(quantile, config.t_mean, config.t_std, between)
 
 
 def draw_retrieval(config, base, encoder, clips, rows, step):
@@ -135,7 +137,7 @@ def draw_retrieval(config, base, encoder, clips, rows, step):
         prompted = torch.rand((), generator=g) >= config.text_drop
         text = clip.text(first + int(captioned), base.prompts) if prompted else base.prompts("")[None]
         noise = torch.randn(target.shape, generator=g)
-        t, times = noise_level(config, step, row), omega[None].float()
+        t, times = noise_level(config, base, step, row), omega[None].float()
         batches.append(Batch(high, low, target, times, noise, t, text, clip.truth(first + omega)))
     return collate(batches)
 
@@ -254,7 +256,7 @@ def check(config):
         raise UserError(f"--t_mean {config.t_mean}: give a number")
     if config.optimizer not in ("muon", "adamw"):
         raise UserError(f"--optimizer {config.optimizer}: choose muon or adamw")
-    check_init(config)
+    check_init(config, base)
 
 
 def make_model(config, base, device):
@@ -262,7 +264,8 @@ def make_model(config, base, device):
     torch.manual_seed(config.seed)
     model = MemoryDiT(base, **config.memory(), empty=config.init != "random")
     if config.init != "random":
-        base.load_dit(model.dit, shipped(config.init), device, frozen=bool(config.lora))
+        weights = base.expert_weights(shipped(config.init), config.expert)
+        base.load_dit(model.dit, weights, device, frozen=bool(config.lora))
     model.to(device)  # φ too, before it takes weights over from the DiT
     model.encoder.start_from(model.dit)
     if config.lora:

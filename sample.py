@@ -18,12 +18,13 @@ from data import check_prompts
 from encoder import MemoryDiT, load_model
 from util.cli import Failure, UserError, load_object, parse_flags, run_main, warn
 from util.device import autocast, make_room, peak_memory, pick_device
-from util.files import shipped, unused
+from util.files import unused
 from util.folder import copy_history, stream_clip
 from util.sections import (
     check_sampler,
     n_sections,
     output_file,
+    read_trained,
     section_prompts,
     sections_remembered,
     warn_limits,
@@ -33,7 +34,7 @@ from util.sheets import SectionSheet, sheet_path
 from util.storyboard import parse_storyboard
 from util.video import has_sound, to_frames, to_pixels
 from util.video_writer import VideoWriter
-from util.weights import read_config, weight_files
+from util.weights import weight_files
 
 SOLVERS = {"euler": "sample.euler", "unipc": "util.unipc.unipc"}  # add new ones here
 # the same flags as Wan's generate.py calls them
@@ -45,10 +46,12 @@ WAN_FLAGS |= dict(solver="--sample_solver")
 class SampleConfig:
     history: str = ""  # the clip to continue, or a picture; without it, a video from --prompt alone
     checkpoint: str = "checkpoints/nano.safetensors"  # weights from finetune.py
+    low_checkpoint: str = ""  # wan2.2-a14b: those of the low expert; without, it is not trained and sees no memory
     prompt: str = None  # a text, "0s: ... / 4s: ...", or a .txt, .srt or .json file; 0 s is where the clip ends
     seconds: float = 6.0  # length of what is generated, rounded up to whole sections
     steps: int = None  # solver steps per section [the preset's]
     guidance: float = None  # classifier-free guidance: 1 is none [the preset's]
+    low_guidance: float = None  # wan2.2-a14b: that of the low expert [--guidance, or the preset's]
     negative: str = ""  # a text to guide away from, instead of from no prompt
     guidance_interval: tuple = (0.0, 1.0)  # the lowest and the highest noise level with guidance
     cfg_zero: bool = False  # CFG-Zero*: scale the velocity that is guided away from; skip the first 4 % of the steps
@@ -90,6 +93,7 @@ class Guidance:
     # CFG-Zero* (Fan et al. 2025): v_other is scaled to be nearest to v_prompt, and v is zero in the first 4 % of the
     # steps, rounded down: of fewer than 25 steps each is too large to go without
     zero_star: bool = False
+    below: tuple = (0.0, None)  # a noise level, and the scale below it: for a base of two experts
 
 
 @torch.no_grad()
@@ -106,13 +110,14 @@ def sample(dit, noise, text, times, memory, steps, shift=1.0, guidance=1.0, solv
     def velocity(x, t):
         timestep = torch.full((len(x),), 1000 * t, device=x.device)
         v = dit(x, timestep, text, times, memory)
-        if g.scale == 1 or not g.interval[0] <= t <= g.interval[1]:
+        scale = g.scale if t >= g.below[0] or g.below[1] is None else g.below[1]
+        if scale == 1 or not g.interval[0] <= t <= g.interval[1]:
             return v
         other = dit(x, timestep, other_text, times, memory)
         if g.zero_star:  # <v, other> / |other|²
             dims = tuple(range(1, v.ndim))
             other = other * (v * other).sum(dims, True) / other.square().sum(dims, True).clamp(min=1e-8)
-        return other + g.scale * (v - other)
+        return other + scale * (v - other)
 
     levels = torch.linspace(1, 0, steps + 1)
     levels = shift * levels / (1 + (shift - 1) * levels)
@@ -200,7 +205,8 @@ def continue_video(model, base, memory, decode, texts, config, size, negative=No
         times = memory.frames + torch.arange(n, device=device)
         noise = torch.randn(1, codec.channels, n, *space, generator=g).to(device)
         same = torch.equal(text, torch.zeros_like(text) if negative is None else negative)  # for both passes
-        guidance = Guidance(1 if same else config.guidance, negative, config.guidance_interval, config.cfg_zero)
+        scale, low_scale = (1, 1) if same else (config.guidance, config.low_guidance)
+        guidance = Guidance(scale, negative, config.guidance_interval, config.cfg_zero, (base.boundary, low_scale))
         with autocast(device):
             settings = config.steps, config.shift, guidance, solver
             x = sample(model.dit, noise, text[None].to(device), times, memory.context(), *settings).float()
@@ -234,6 +240,7 @@ def open_model(config, base, device):
         if config.merge:
             base.merge_lora(model.dit)
         base.apply_loras(model.dit, config.lora)
+        model.dit = base.add_low(model.dit, config)
         return model
     with base.random_frozen(device):
         model = MemoryDiT(base)
@@ -273,21 +280,9 @@ def check(config):
         raise UserError("--history is missing: give the clip to continue, or --prompt for a video from text alone")
     if not 0 < config.seconds <= 86400:  # the prompt of each section is looked up first
         raise UserError(f"--seconds {config.seconds}: give a number above 0, at most 86400 (a day)")
-    random = config.init == "random"
-    if not random and config.preset != SampleConfig.preset:
-        raise UserError(f"--preset {config.preset} is for --init random alone: a checkpoint has its own, leave it out")
-    if random and config.checkpoint != SampleConfig.checkpoint:
-        raise UserError(
-            f"--checkpoint {config.checkpoint} --init random: random or trained weights, drop one of the two"
-        )
-    config.checkpoint = shipped(config.checkpoint)
-    trained = {} if random else read_config(config.checkpoint)
-    if not random and trained.get("stage") != "finetune":
-        raise UserError(
-            f"{config.checkpoint} was trained by {trained.get('stage')}.py: continuing a clip needs a "
-            "checkpoint of finetune.py"
-        )
+    random, trained = config.init == "random", read_trained(config)
     base = open_base(config.preset if random else trained["preset"])
+    base.check_low(config, trained)
     for key in ("steps", "guidance", "shift"):
         if getattr(config, key) is None:
             setattr(config, key, getattr(base, key))

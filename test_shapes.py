@@ -250,11 +250,15 @@ def check_batch(base, batch, B, F, history):
     assert batch.truth.shape == (B, F, *base.sizes[0], 3)
 
 
+def expert(base):
+    return "high" if base.boundary else None
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_stage_1_of_every_preset(preset):
     base = tiny(preset)
     model, clips = make_model(base), make_clips(base)
-    config = PretrainConfig(preset=preset, mask="noise", batch=3)
+    config = PretrainConfig(preset=preset, mask="noise", batch=3, expert=expert(base))
     batch = draw_retrieval(config, base, model.encoder, clips, range(3), step=0)
     check_batch(base, batch, B=3, F=4, history=base.history)
     for i, clip in enumerate(clips):  # H_Ω, where it belongs; frames in Ω stay clean
@@ -269,7 +273,7 @@ def test_stage_1_of_every_preset(preset):
 def test_stage_2_of_every_preset(preset):
     base = tiny(preset)
     model, clips = make_model(base), make_clips(base)
-    config = FinetuneConfig(preset=preset, batch=3, t_mean=base.t_mean, t_std=base.t_std)
+    config = FinetuneConfig(preset=preset, batch=3, t_mean=base.t_mean, t_std=base.t_std, expert=expert(base))
     batch = draw_continuation(config, base, model.encoder, clips, range(3), step=0, longest=True)
     check_batch(base, batch, B=3, F=base.section, history=base.history)
     assert batch.times[0].tolist() == list(range(base.history, base.history + base.section))

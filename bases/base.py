@@ -40,6 +40,10 @@ class Base:
     steps: int = 20  # sampler steps
     guidance: float = 1.5  # classifier-free guidance
     shift: float = 3.0  # timestep shift
+    boundary: float = (
+        0.0  # from this noise level on another DiT denoises than below it, see bases/experts.py; 0: one DiT
+    )
+    low_guidance: float = None  # guidance below the boundary
     needs_cache: bool = False  # its codec is too large to encode videos while training: it trains on a cache of latents
 
     passes: int = 2  # of the DiT per sampler step, with guidance
@@ -56,10 +60,32 @@ class Base:
         """A DiT with new weights."""
         return self.architecture(self.dit)
 
-    def load_dit(self, dit, path, device="cpu", frozen=False):
+    def noise_range(self, expert):
+        """(lowest, highest) noise level that the DiT --expert is trained on. Raises UserError if there is none."""
+        if expert:
+            raise UserError(f"--expert {expert}: --preset {self.name} has one DiT; drop it")
+        return 0.0, 1.0
+
+    def expert_weights(self, path, expert):
+        """Where in --init the weights of the DiT --expert lie. Raises UserError if they do not."""
+        return path
+
+    def check_low(self, config, trained):
+        """Check sample.py's flags of a second expert, of a checkpoint with the config `trained`, and fill in their
+        defaults. Raises UserError."""
+        for key in ("low_checkpoint", "low_guidance"):
+            if getattr(config, key):
+                raise UserError(f"--{key} does nothing: --preset {self.name} has one DiT; drop it")
+
+    def add_low(self, dit, config):
+        """The DiT that samples, from the one in --checkpoint."""
+        return dit
+
+    def load_dit(self, dit, path, device="cpu", frozen=False, wait=False):
         """Read the DiT's weights: official or diffusers' naming, one file or shards, or a checkpoint of this project.
 
-        float32, or as frozen_dtype() says. Raises UserError; nothing is changed unless everything fits.
+        float32, or as frozen_dtype() says; wait: in host memory, in the dtypes for `device`. Raises UserError; nothing
+        is changed unless everything fits.
         """
         dtype = frozen_dtype(device) if frozen else lambda name, tensor: torch.float32
         files = weight_files(path)
@@ -69,7 +95,7 @@ class Base:
         def rename(name):
             return None if own and name.startswith("encoder.") else self.rename(name)
 
-        load_weights(dit, files, rename, device=device, dtype=dtype)
+        load_weights(dit, files, rename, device="cpu" if wait else device, dtype=dtype)
 
     def check_codec(self, path, config):
         """Raise UserError if a checkpoint with this config was trained on the latents of another codec."""

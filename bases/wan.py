@@ -51,11 +51,11 @@ def open_base(name, vae="", t5="", device="cpu"):
     return make_base(name, PRESETS[name], WanCodec(vae, device), t5, device)
 
 
-def make_base(name, preset, codec, t5, device):
-    """A Base whose prompts are those of umT5."""
+def make_base(name, preset, codec, t5, device, kind=Base):
+    """A Base, or another kind of one, whose prompts are those of umT5."""
     dim, length = preset["dit"].text_dim, preset["dit"].text_len
     prompts = UMT5Prompts(t5, dim, length, device) if t5 else NoPrompts(dim, length)
-    return Base(name=name, codec=codec, prompts=prompts, **preset)
+    return kind(name=name, codec=codec, prompts=prompts, **preset)
 
 
 def open_vae(folder, codec):

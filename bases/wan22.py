@@ -1,10 +1,13 @@
-"""Wan 2.2 TI2V-5B: the preset and its causal video VAE. Its DiT has the architecture of Wan 2.1's.
+"""Wan 2.2: TI2V-5B with a causal video VAE of its own; T2V A14B, two experts with Wan 2.1's. All DiTs have the
+architecture of Wan 2.1's.
 
-Pixels are (B, 3, F, H, W) floats in [-1, 1], F = 1 + 4k; latents (B, C, 1 + k, h, w), the first of one frame: C = 48,
-h = H/16, w = W/16.
+TI2V-5B: pixels are (B, 3, F, H, W) floats in [-1, 1], F = 1 + 4k; latents (B, C, 1 + k, h, w), the first of one frame:
+C = 48, h = H/16, w = W/16.
 """
 
 from bases import wan
+from bases.base import Base
+from bases.experts import TwoExperts
 from model import DiTConfig
 
 PRESETS = {
@@ -17,6 +20,8 @@ PRESETS = {
         fps=24,
         history=121,
     ),
+    "wan2.2-a14b": wan.PRESETS["wan-14b"]
+    | dict(boundary=0.875, steps=40, shift=12.0, guidance=4.0, low_guidance=3.0, t_mean=2.5),  # ln 12
 }
 
 MEAN = (-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891)
@@ -30,8 +35,11 @@ STD += (0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.06, 0.3943, 0.5537, 0.5444, 0.
 
 
 def open_base(name, vae="", t5="", device="cpu"):
-    """The Base wan2.2-5b."""
-    return wan.make_base(name, PRESETS[name], Wan22Codec(vae, device), t5, device)
+    """The Base wan2.2-5b or wan2.2-a14b."""
+    preset = PRESETS[name]
+    codec = {kind.channels: kind for kind in (wan.WanCodec, Wan22Codec)}[preset["dit"].in_dim]
+    kind = TwoExperts if "boundary" in preset else Base
+    return wan.make_base(name, preset, codec(vae, device), t5, device, kind)
 
 
 class Wan22Codec(wan.WanCodec):

@@ -283,6 +283,8 @@ def print_flops(base, encoder, rate, noisy, memory):
         ],
         ["full, uncompressed", f"{full:,}", short(2 * steps * flops(c, noisy[1], full)), "–"],
     ]
+    if base.boundary:  # what is cached would be of one of its two DiTs
+        del rows[2]
     print_table(f"FLOPs per generated section: {steps} steps x 2 for guidance", rows)
 
 
@@ -326,7 +328,7 @@ def print_sampling_memory(base, frozen, trained, tokens):
 
 @dataclass
 class BudgetConfig:
-    preset: str = "wan-14b"  # nano, small, wan-1.3b, wan-14b, wan2.2-5b
+    preset: str = "wan-14b"  # nano, small, wan-1.3b, wan-14b, wan2.2-5b, wan2.2-a14b
     rate: str = None  # compression on the DiT's token grid, rows x columns x frames [the preset's]
     gpus: int = 8  # GPUs to train on
     memory_gb: float = 79.0  # memory of each, GiB; an 80 GB card has about this much
@@ -357,6 +359,12 @@ def budget(argv):
         "trained": trained,
     }
     print_table("parameters", [[what, f"{n:,}"] for what, n in counts.items() if n])
+    if base.boundary:
+        (waiting,) = gib([sum(frozen_bytes(base.dit, dit).values()) + 4 * lora])
+        print(
+            f"  Two DiTs of this size, together {2 * dit:,}: one is trained at a time; in sampling the other waits\n"
+            f"  in host memory, {waiting} GiB with its LoRA."
+        )
     print_tokens(base)
     noisy = [n * frame_tokens(base, size) for n in (PretrainConfig.queries, base.section)]
     memory, most = memory_tokens(base, size, config.rate, base.history), most_memory_tokens(base, size, config.rate)

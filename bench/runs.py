@@ -74,6 +74,8 @@ def open_checkpoint(path, config, stage):
         raise UserError(f"{path} is of stage {trained['stage']}: give one of {stage}.py")
     device = pick_device(config.device)
     base = open_base(trained["preset"], getattr(config, "vae", ""), device=device)
+    if base.boundary:
+        raise UserError(f"{path} is one of two DiTs, which sample together: only sample.py does that; give it to that")
     return load_model(path, base, getattr(config, "init", ""), device), base, trained
 
 

@@ -24,6 +24,7 @@ import finetune
 import pretrain
 from bases import nano, open_base, wan
 from bases.base import Base, Codec
+from bases.experts import TwoExperts
 from encoder import MemoryDiT
 from model import DiTConfig
 from util.cli import UserError, run_main
@@ -80,19 +81,26 @@ class DCTCodec(Codec):
 
 
 class TinyPresets:
-    """As a module of bases: nano with a codec that needs no weights."""
+    """As a module of bases: nano with a codec that needs no weights; the same with two DiTs, as Wan 2.2 A14B."""
 
-    PRESETS = {"tiny": TINY}
+    PRESETS = {
+        "tiny": TINY,
+        "tiny-experts": TINY
+        | dict(
+            boundary=0.875, guidance=4.0, low_guidance=3.0, lora=4, optimizer="adamw", lr=1e-3, t_mean=1.3, t_std=1.0
+        ),
+    }
 
     @staticmethod
     def open_base(name, vae="", t5="", device="cpu"):
         for flag, folder in dict(vae=vae, t5=t5).items():
             if folder:
                 raise UserError(f"--{flag} {folder} does nothing: --preset {name} needs no such weights; drop it")
-        return Base(name=name, codec=DCTCodec(), prompts=nano.HashPrompts(16, 24), **TinyPresets.PRESETS[name])
+        kind = TwoExperts if name == "tiny-experts" else Base
+        return kind(name=name, codec=DCTCodec(), prompts=nano.HashPrompts(16, 24), **TinyPresets.PRESETS[name])
 
 
-bases.BASES |= {"tiny": TinyPresets, "tiny-wan": wan}
+bases.BASES |= {"tiny": TinyPresets, "tiny-experts": TinyPresets, "tiny-wan": wan}
 
 SETTINGS = dict(
     pretrain=pretrain.PretrainConfig(preset="tiny"),

@@ -132,7 +132,9 @@ def test_generators_depend_on_every_part_of_the_key():
 
 def test_noise_levels_are_spread_over_a_batch():
     config = pretrain.PretrainConfig(batch=8, t_mean=1.3, t_std=2.0)
-    rows = [torch.cat([pretrain.noise_level(config, step, row) for row in range(8)]) for step in range(400)]
+    rows = [
+        torch.cat([pretrain.noise_level(config, tiny_base(), step, row) for row in range(8)]) for step in range(400)
+    ]
     normal = (torch.logit(torch.stack(rows)) - 1.3) / 2  # (steps, rows)
     eighths = (8 * torch.special.ndtr(normal)).floor().clamp(0, 7)
     assert (eighths.sort(dim=1).values == torch.arange(8)).float().mean() > 0.99  # one of each eighth

@@ -39,8 +39,11 @@ def describe(batch, micro_batch, model, base, processes):
     )
 
 
-def check_init(config):
-    """Refuse a base of another preset, and a LoRA on random weights. Raises UserError."""
+def check_init(config, base):
+    """Refuse a base of another preset or without the expert, and a LoRA on random weights. Raises UserError."""
+    base.noise_range(config.expert)
+    if config.expert and config.cache_memory:
+        raise UserError("--cache_memory --expert: what it caches is of one expert, and both read the memory; drop it")
     if config.init == "random":
         if config.lora:
             raise UserError(
@@ -48,7 +51,7 @@ def check_init(config):
                 "weights under it; give --init a base, or --lora 0"
             )
         return
-    trained = own_config(weight_files(shipped(config.init))[0])
+    trained = own_config(weight_files(base.expert_weights(shipped(config.init), config.expert))[0])
     if trained and trained["preset"] != config.preset:
         raise UserError(
             f"--init {config.init} was trained with --preset {trained['preset']}, not {config.preset}: give a base of "
@@ -62,6 +65,10 @@ def check_encoder(config, has_stage1):
         raise UserError(f"--encoder {config.encoder}: --method {config.method} has no φ of stage 1; drop it")
     if config.freeze_encoder and config.method == "none":
         raise UserError("--freeze_encoder --method none: there is no memory encoder to freeze; drop one of the two")
+    if config.expert == "low" and has_stage1 and not config.freeze_encoder:
+        raise UserError(
+            "--expert low: it reads the memory of the high one's φ; give --encoder its run, --freeze_encoder"
+        )
     if config.freeze_encoder and config.encoder == "none":
         raise UserError("--freeze_encoder --encoder none: freezing an untrained φ is pointless; drop one of the two")
 

@@ -6,10 +6,30 @@ from pathlib import Path
 from tqdm import tqdm
 
 from util.cli import UserError, warn
-from util.files import check_output, same_path
+from util.files import check_output, same_path, shipped
 from util.folder import warn_past_end
 from util.sheets import sheet_path
 from util.storyboard import parse_storyboard, prompt_at, storyboard_beside
+from util.weights import read_config
+
+
+def read_trained(config):
+    """The config of --checkpoint, a checkpoint of finetune.py; {} for random weights. Raises UserError."""
+    random, defaults = config.init == "random", type(config)
+    if not random and config.preset != defaults.preset:
+        raise UserError(f"--preset {config.preset} is for --init random alone: a checkpoint has its own, leave it out")
+    if random and config.checkpoint != defaults.checkpoint:
+        raise UserError(
+            f"--checkpoint {config.checkpoint} --init random: random or trained weights, drop one of the two"
+        )
+    config.checkpoint = shipped(config.checkpoint)
+    trained = {} if random else read_config(config.checkpoint)
+    if not random and trained.get("stage") != "finetune":
+        raise UserError(
+            f"{config.checkpoint} was trained by {trained.get('stage')}.py: continuing a clip needs a "
+            "checkpoint of finetune.py"
+        )
+    return trained
 
 
 def check_sampler(config, solvers):
@@ -21,11 +41,14 @@ def check_sampler(config, solvers):
             f"--steps {config.steps} --guidance {config.guidance} --shift {config.shift}: expected steps of at least "
             "1, guidance of at least 0, shift above 0"
         )
+    if not 0 <= (config.low_guidance or 0) < math.inf:
+        raise UserError(f"--low_guidance {config.low_guidance}: expected a number of at least 0")
     low, high = config.guidance_interval
     if not 0 <= low < high <= 1:
         raise UserError(f"--guidance_interval {low:g} {high:g}: give two noise levels, 0 <= LOW < HIGH <= 1")
     for key in ("negative", "guidance_interval", "cfg_zero"):
-        if config.guidance == 1 and getattr(config, key) != getattr(type(config), key):
+        none = config.guidance == 1 and config.low_guidance in (None, 1)
+        if none and getattr(config, key) != getattr(type(config), key):
             raise UserError(f"--{key} does nothing with --guidance 1, which is none: drop one of the two")
     if not 0 <= config.memory_seconds < math.inf:
         raise UserError(f"--memory_seconds {config.memory_seconds}: give seconds of history to keep, or 0 for all")
@@ -81,7 +104,7 @@ def output_file(config):
     if not config.save_file and any(same_path(path, history) for path in (file, sheet_path(file))):
         file = file.with_stem(file.stem + "_continued")
     for path in (file, sheet_path(file)):
-        check_output(path, [history, config.checkpoint, config.prompt])
+        check_output(path, [history, config.checkpoint, config.low_checkpoint, config.prompt])
     return file
 
 
