@@ -210,7 +210,7 @@ class MemoryEncoder(nn.Module):
         """encode() in parts: [(memory, how many segments of equal length it consists of)]."""
         end, n = start + high.shape[2], self.whole(high.shape[2], start)
         parts = self.encode_whole(high[:, :, :n], low, start) if n else []
-        times = torch.arange(start, end)
+        times = torch.arange(start, end, device="cpu")
         kept = self.kept(times, start + n, end)
         if len(kept):
             parts.append((self.embed_frames(high[:, :, kept], times[kept]), 1))

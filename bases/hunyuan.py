@@ -87,6 +87,9 @@ class HunyuanCodec(CausalCodec):
 
     channels, stride, large = 16, (4, 8, 8), True
     block, lookback = 4, 2  # latents
+    # float16, traced by a test: bytes of the weights; per pixel of a frame, what the decoder carries from one block to
+    # the next, and the most that decoding needs
+    weight_bytes, carried_per_pixel, decoding_per_pixel = 492_957_606, 20, 48_600
 
     def __init__(self, folder="", device="cpu"):
         self.device = torch.device(device)
@@ -102,6 +105,13 @@ class HunyuanCodec(CausalCodec):
     @property
     def settings(self):
         return ["hunyuan", fingerprint(self.folder) if self.folder else None]
+
+    def memory(self, pixels):
+        what = "what it carries on, or decodes with"
+        return tuple(
+            {"VAE": self.weight_bytes, what: per_pixel * pixels}
+            for per_pixel in (self.carried_per_pixel, self.decoding_per_pixel)
+        )
 
     def check_weights(self):
         if self.vae is None:

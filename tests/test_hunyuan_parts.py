@@ -5,11 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from bases import open_base
 from bases.hunyuan import SCALE, HunyuanCodec
 from bases.llava import TEMPLATE, LlavaPrompts
 from tests.common import randn
+from tests.test_budget import Live
 from util.cli import UserError
 
 pytestmark = pytest.mark.optional
@@ -109,6 +111,25 @@ def test_frames_are_shown_in_their_place(vae):
         assert torch.allclose(shown[i], codec.decode(video)[0][:, [4 * k for k in at]], atol=1e-5)
     beyond = codec.show(latents[:, :, :5], latents[:, :, 5:7], torch.tensor([[5, 6]] * 2))  # the next section
     assert beyond.shape == (2, 3, 2, 16, 16) and beyond.isfinite().all()
+
+
+def test_memory_of_decoding(monkeypatch):
+    """Against all that lives while the real architecture decodes 480x832 in float16, without a number computed, with a
+    fused attention."""
+    diffusers = pytest.importorskip("diffusers")
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *args, **options: torch.empty_like(q))
+    codec = HunyuanCodec(device="meta")
+    with torch.device("meta"):
+        codec.vae = diffusers.AutoencoderKLHunyuanVideo().half().requires_grad_(False)
+        latents = torch.empty(1, 16, 9, 60, 104)
+    decode = codec.decoder()
+    with Live() as live:
+        for section in latents.split([1, 8], dim=2):
+            decode(section)
+        del section
+    between, decoding = (list(needs.values()) for needs in codec.memory(480 * 832))
+    assert between[0] == decoding[0] == sum(2 * p.numel() for p in codec.vae.parameters())
+    assert between[1] == pytest.approx(live.now, rel=0.02) and decoding[1] == pytest.approx(live.most, rel=0.01)
 
 
 @pytest.mark.parametrize("change, says", [(dict(latent_channels=8), "8 channels"), (dict(scaling_factor=0.5), "0.5")])
