@@ -301,7 +301,7 @@ def test_everything_stays_on_the_device(preset, method, lora, monkeypatch):
     monkeypatch.setattr(Base, "load_dit", lambda self, dit, path, device, frozen: dit.to(device))
     monkeypatch.setattr(torch, "autocast", lambda *a, **k: contextlib.nullcontext())
     base, meta = tiny_base(preset), torch.device("meta")
-    model = pretrain.make_model(pretrain.PretrainConfig(preset, method=method, lora=lora), base, meta)
+    model = pretrain.make_model(pretrain.PretrainConfig(preset=preset, method=method, lora=lora), base, meta)
 
     def random(*shape):
         return torch.randn(*shape, device=meta)
@@ -322,7 +322,7 @@ def test_everything_stays_on_the_device(preset, method, lora, monkeypatch):
 
 def test_stage_2_takes_or_keeps_the_encoder(cache, stage1, monkeypatch, capsys):
     # without a device the weights would end up on the CPU, away from the DiT
-    monkeypatch.setattr(finetune, "load_weights", lambda *a, device, **k: load_weights(*a, device=device, **k))
+    monkeypatch.setattr("util.run.load_weights", lambda *a, device, **k: load_weights(*a, device=device, **k))
     for name, more in ("trained", {}), ("frozen", {"freeze_encoder": True}), ("fresh", {"encoder": "none"}):
         run(finetune.main, *flags(cache, out=name, **{"encoder": stage1, **more}))
     theirs = {k: v for k, v in load_file(stage1 / "model.safetensors").items() if k.startswith("encoder.")}
