@@ -59,16 +59,16 @@ def open_base(name, vae="", t5="", device="cpu"):
     return HunyuanBase(name=name, codec=HunyuanCodec(vae, device), prompts=prompts, **preset)
 
 
-def open_vae(folder):
+def open_vae(folder, dtype):
     """(diffusers' AutoencoderKLHunyuanVideo, its folder) from a local folder; random weights for "random"."""
     try:
         from diffusers import AutoencoderKLHunyuanVideo
     except ImportError:
         raise UserError("HunyuanVideo's VAE needs the package diffusers: pip install diffusers") from None
     if folder == "random":
-        return AutoencoderKLHunyuanVideo(), None
+        return AutoencoderKLHunyuanVideo().to(dtype), None
     path = subfolder(folder, "vae", "--vae")
-    vae = from_pretrained(AutoencoderKLHunyuanVideo, path, f"--vae {folder}", torch.float32)
+    vae = from_pretrained(AutoencoderKLHunyuanVideo, path, f"--vae {folder}", dtype)
     c = vae.config
     found = c.latent_channels, c.temporal_compression_ratio, c.spatial_compression_ratio, c.scaling_factor
     if found != (HunyuanCodec.channels, *HunyuanCodec.stride[:2], SCALE):
@@ -93,10 +93,10 @@ class HunyuanCodec(CausalCodec):
 
     def __init__(self, folder="", device="cpu"):
         self.device = torch.device(device)
-        self.vae, self.folder = open_vae(folder) if folder else (None, None)
-        if self.vae is not None:  # in float16 as in Tencent's own code, where that is fast
-            dtype = torch.float16 if self.device.type == "cuda" else torch.float32
-            self.vae.eval().requires_grad_(False).to(device, dtype)
+        dtype = torch.float16 if self.device.type == "cuda" else torch.float32  # float16 as in Tencent's own code
+        self.vae, self.folder = open_vae(folder, dtype) if folder else (None, None)
+        if self.vae is not None:
+            self.vae.eval().requires_grad_(False).to(device)
 
     @property
     def decodes(self):

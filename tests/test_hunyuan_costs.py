@@ -7,11 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bases import hunyuan_dit, open_base
+import bases
+from bases import hunyuan, hunyuan_dit, open_base
 from bases.hunyuan_dit import HunyuanConfig, HunyuanDiT
-from bench import budget, costs
-from tests.common import randn, run, script
+from bench import budget, costs, speed
+from bench.nets import compiled_twin
+from tests.common import randn, randomize, read_csv, run, script
 from tests.test_budget import Live, attention_by_products, counted_flops
+from util.distributed import compile_blocks
 
 CONFIG = HunyuanConfig(dim=48, ffn_dim=112, heads=2, layers=2, single_layers=3, text_dim=16, text_len=8)
 CONFIG = dataclasses.replace(CONFIG, in_dim=4, out_dim=3, freq_dim=32)
@@ -93,3 +96,29 @@ def test_the_budget_of_hunyuan(capsys):
     printed = capsys.readouterr().out
     assert "12,821,012,544" in printed and "471,859,200" in printed and "6,344" in printed
     assert "50 steps\n" in printed and "--cache_memory" not in printed and "decodes with" in printed
+
+
+def test_speed_of_hunyuan(monkeypatch):
+    """One pass per step; no DiT of diffusers beside it."""
+    dit = HunyuanConfig(dim=48, ffn_dim=64, heads=2, layers=1, text_dim=16, text_len=8)
+    changes = dict(dit=dit, sizes=((32, 32),), fps=2, section=4, history=9, widths=(8, 8, 16, 16), lora=4)
+    monkeypatch.setitem(hunyuan.PRESETS, "tiny-hunyuan", hunyuan.PRESETS["hunyuan"] | changes)
+    monkeypatch.setitem(bases.BASES, "tiny-hunyuan", hunyuan)
+    monkeypatch.setattr(speed, "GROWTH", (2,))
+    monkeypatch.setattr(speed, "alternate", lambda jobs, *args: {name: [job(), 0.5][1:] for name, job in jobs.items()})
+    run(script("eval"), "speed", "--preset", "tiny-hunyuan", "--repeats", 1, "--device", "cpu", "--out", "plot.png")
+    (row,) = read_csv("plot.csv")
+    assert row["section_seconds"] == row["section_seconds_uncompressed"] == "25.0"  # 50 steps
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiled_blocks_compute_the_same(training):
+    dit, (x, t, text) = randomize(HunyuanDiT(CONFIG)), (randn(2, 4, 2, 4, 4), torch.tensor([5.0, 700]), randn(2, 8, 16))
+    dit.recompute = training
+    twin = compiled_twin(dit, lambda dit: compile_blocks(dit, "aot_eager"))
+    text[1, 5:] = 0
+    for n in 0, 3, 5:
+        memory = (randn(2, n, 48, seed=n), randn(n, 3)) if n else None
+        with torch.set_grad_enabled(training):
+            ours, theirs = (net(x, t, text, None, memory) for net in (dit, twin))
+        assert torch.allclose(ours, theirs, atol=1e-5)

@@ -1,18 +1,26 @@
 """HunyuanVideo's VAE and text encoders, tiny and random; they need diffusers and transformers."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
-from bases import open_base
+import bases
+import finetune
+import pretrain
+import sample
+from bases import hunyuan, open_base
 from bases.hunyuan import SCALE, HunyuanCodec
+from bases.hunyuan_dit import HunyuanConfig, HunyuanDiT
 from bases.llava import TEMPLATE, LlavaPrompts
-from tests.common import randn
+from tests.common import randn, randomize, run, script, write_video
 from tests.test_budget import Live
 from util.cli import UserError
+from util.video import read_video
 
 pytestmark = pytest.mark.optional
 
@@ -209,3 +217,45 @@ def test_other_text_encoders_are_refused(texts):
 def test_the_template_is_that_of_diffusers():
     theirs = pytest.importorskip("diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video")
     assert TEMPLATE == theirs.DEFAULT_PROMPT_TEMPLATE["template"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of it
+
+
+@pytest.fixture
+def tiny_hunyuan(monkeypatch):
+    """The preset with a narrow DiT, small pictures and a short history."""
+    dit = HunyuanConfig(dim=48, ffn_dim=64, heads=2, layers=1, text_dim=20, text_len=9, pooled_dim=12)
+    changes = dict(sizes=((32, 32),), fps=2, section=4, history=9, widths=(8, 8, 16, 16), lora=4, lr=0.03)
+    monkeypatch.setitem(hunyuan.PRESETS, "tiny-hunyuan", hunyuan.PRESETS["hunyuan"] | changes | dict(dit=dit))
+    monkeypatch.setitem(bases.BASES, "tiny-hunyuan", hunyuan)
+    save_file(randomize(HunyuanDiT(dit)).state_dict(), "base.safetensors")
+
+
+def test_both_stages_and_a_sample(tiny_hunyuan, vae, texts):
+    """From videos with captions to a clip that is continued."""
+    for i in range(3):
+        write_video(Path("videos") / f"{i}.mp4", 60, i)
+        Path(f"videos/{i}.txt").write_text("0s: a cat walks / 2s: a dog")
+    given = "--preset", "tiny-hunyuan", "--device", "cpu"
+    run(script("data"), "cache", *given, "--videos", "videos", "--out", "cache", "--vae", vae, "--t5", texts)
+    given += "--init", "base.safetensors", "--data", "cache", "--batch", 2, "--steps", 4, "--warmup", 1, "--ema", 0
+    given += "--sample_steps", 1, "--save_every", 4
+    run(pretrain.main, *given, "--queries", 2, "--out", "one")
+    run(finetune.main, *given, "--encoder", "one", "--out", "two", "--vae", vae)
+    tensors = load_file("two/model.safetensors")
+    assert all(x.abs().max() >= 1e-3 for name, x in tensors.items() if name.endswith("lora_B"))
+    assert len([name for name in tensors if name.endswith("lora_B")]) == 8 + 2 * 2
+    assert "psnr" in Path("two/log.jsonl").read_text() and "latent_mse" in Path("one/log.jsonl").read_text()
+    written = []
+    common = "--history", "videos/0.mp4", "--init", "base.safetensors", "--vae", vae, "--t5", texts, "--device", "cpu"
+    common += "--checkpoint", "two/model.safetensors", "--seconds", 1, "--steps", 2
+    for more in (), ("--merge",), ("--guidance", 1), ("--negative", "a dog"):
+        run(sample.main, *common, *more)
+        written.append(read_video("out/0.mp4", 2, 32, 32)[-16:].float())
+    merged, plain, negative = ((x - written[0]).abs().mean() for x in written[1:])
+    assert merged < 0.5 < plain and negative > 0.5, (merged, plain, negative)
+    common = "--checkpoint", "one/model.safetensors", *common[:6], "--device", "cpu", "--steps", 1, "--queries", 2
+    run(script("eval"), "retrieval", *common)
+    assert Path("out/retrieval.png").is_file()
