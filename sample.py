@@ -61,11 +61,11 @@ class SampleConfig:
     save_file: str = ""  # the video to write [out/NAME.mp4 (text.mp4); out/NAME_continued.mp4 if that is the history]
     memory_seconds: float = 20.0  # how much history is kept in memory; 0: all
     device: str = "auto"  # auto, cpu, cuda, mps
-    init: str = ""  # Wan: the base DiT under the checkpoint's LoRA; "random": random weights of --preset
+    init: str = ""  # the base DiT under the checkpoint's LoRA; "random": random weights of --preset
     merge: bool = False  # add the LoRA to the base's weights first: faster, but rounded to the base's dtype
     lora: str = ""  # LoRAs by others to add to the base's weights: FILE or FILE:strength, separated by blanks
-    vae: str = ""  # Wan: local folder of its VAE ("random": random weights, for timing); nano, small: a codec file
-    t5: str = ""  # Wan: local folder of umT5 in the diffusers layout
+    vae: str = ""  # local folder of the base's VAE ("random": random weights, for timing); nano, small: a codec file
+    t5: str = ""  # local folder of the base's text encoders in the diffusers layout, such as umT5
     preset: str = "nano"  # of --init random, which needs no checkpoint: to measure speed and memory
 
 
