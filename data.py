@@ -278,8 +278,8 @@ class CacheConfig:
     preset: str = "wan-1.3b"  # sizes, frame rate and codec; wan-1.3b, wan-14b and wan2.2-a14b share theirs
     captions: str = ""  # a JSONL file instead: {"video": path in the folder, "caption" or "storyboard": ...}
     rates: str = None  # of methods that will train on it, as in "4x4x2 2x2x2": `low` is kept for each [the preset's]
-    vae: str = ""  # Wan: local folder of its VAE in the diffusers layout; nano and small: a codec file
-    t5: str = ""  # Wan: local folder of umT5 in the diffusers layout
+    vae: str = ""  # local folder of the base's VAE in the diffusers layout; nano and small: a codec file
+    t5: str = ""  # local folder of the base's text encoders in the diffusers layout, such as umT5
     device: str = "auto"  # auto, cpu, cuda, mps; where the VAE and umT5 run
 
 

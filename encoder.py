@@ -20,7 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 
-from model import Attention, DiT, PatchEmbedding, pad_replicate, rope, token_positions
+from model import Attention, PatchEmbedding, pad_replicate, rope, token_positions
 from util.cli import UserError, check_numbers, load_object
 from util.weights import load_weights, read_config
 
@@ -61,8 +61,8 @@ class MemoryConfig:
             raise UserError(f"--rate {self.rate}: too many for --method {self.method}, give fewer")
         check_numbers(self, "window", 0)
         for key in ("window", "anchor", "cross_attention", "cache_memory"):
-            if getattr(self, key) and key not in method.options:
-                raise UserError(f"--{key}: --method {self.method} has none, drop it")
+            if getattr(self, key) and (key not in method.options or key in base.lacks):
+                raise UserError(f"--{key}: --method {self.method} of --preset {base.name} has none, drop it")
         if self.cross_attention and self.cache_memory:
             raise UserError("--cross_attention --cache_memory: not together, since a cache has no tokens; drop one")
 
@@ -210,7 +210,7 @@ class MemoryEncoder(nn.Module):
         """encode() in parts: [(memory, how many segments of equal length it consists of)]."""
         end, n = start + high.shape[2], self.whole(high.shape[2], start)
         parts = self.encode_whole(high[:, :, :n], low, start) if n else []
-        times = torch.arange(start, end)
+        times = torch.arange(start, end, device="cpu")
         kept = self.kept(times, start + n, end)
         if len(kept):
             parts.append((self.embed_frames(high[:, :, kept], times[kept]), 1))
@@ -324,7 +324,7 @@ class MemoryDiT(nn.Module):
         self.config = MemoryConfig(method, rate, **memory)
         self.config.check_memory(base)
         with torch.device("meta") if empty else contextlib.nullcontext():
-            self.dit = DiT(base.dit)
+            self.dit = base.make_dit()
         window = dict(window=self.config.window, anchor=self.config.anchor)
         self.encoder = find_method(method)(base, self.config.rate, **window)
 

@@ -65,18 +65,18 @@ def token_positions(times, rows, columns):
     return torch.stack(torch.broadcast_tensors(times[..., None, None], row, column), dim=-1).flatten(-4, -2)
 
 
-def rope(positions, head_dim):
+def rope(positions, head_dim, axes=None, theta=10000.0):
     """Rotations of 3D rotary embeddings for positions (B, N, 3): (cos, sin) pairs (B, N, 1, head_dim / 2, 2).
 
-    Of the head_dim channels, 2 * (head_dim // 6) belong to rows, as many to columns, the rest to time. Each axis has
-    its own frequencies 10000^(-2j / axis_dim).
+    axes: how many of the head_dim channels belong to time, rows, columns; by default 2 * (head_dim // 6) to rows, as
+    many to columns, the rest to time. Each axis has its own frequencies theta^(-2j / axis_dim).
     """
     spatial = 2 * (head_dim // 6)
     # float64 as in Wan (MPS has none): at frame 1000 a float32 angle is already off by 1e-4
     dtype = torch.float32 if positions.device.type == "mps" else torch.float64
     angles = []
-    for axis, dim in enumerate((head_dim - 2 * spatial, spatial, spatial)):
-        frequencies = 10000.0 ** (-torch.arange(0, dim, 2, device=positions.device, dtype=dtype) / dim)
+    for axis, dim in enumerate(axes or (head_dim - 2 * spatial, spatial, spatial)):
+        frequencies = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=dtype) / dim)
         angles.append(positions[..., axis, None].to(dtype) * frequencies)
     angles = torch.cat(angles, dim=-1)[:, :, None]  # (B, N, 1, head_dim / 2)
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float()

@@ -34,12 +34,12 @@ from util.run import Run, check_init, claim_folder, describe
 class Config(MemoryConfig):
     """Settings of both stages."""
 
-    preset: str = "nano"  # base, model and data sizes: nano, small, wan-1.3b, wan-14b, wan2.2-5b, wan2.2-a14b
+    preset: str = "nano"  # base, model and data sizes: nano, small, wan-1.3b, wan-14b, wan2.2-5b, wan2.2-a14b, hunyuan
     data: str = "world"  # "world" (paper dolls), a folder of videos, a data.py cache, or a dataset as NAME:ARGUMENT
     init: str = "checkpoints/nano-base.safetensors"  # base DiT: a file or folder of weights, or "random"
     expert: str = None  # wan2.2-a14b: which of its two DiTs to train, high or low, on that one's noise levels
     lora: int = None  # LoRA rank; 0 trains the whole DiT [the preset's]
-    vae: str = ""  # Wan: local folder of its VAE, for PSNR and previews; nano and small: a codec file of your own
+    vae: str = ""  # local folder of the base's VAE, for PSNR and previews; nano and small: a codec file of your own
     steps: int = 250  # optimizer steps
     batch: int = 8  # clips per step, over all processes
     micro_batch: int = 8  # clips per forward pass on one process; gradients are accumulated up to the batch

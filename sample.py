@@ -61,11 +61,11 @@ class SampleConfig:
     save_file: str = ""  # the video to write [out/NAME.mp4 (text.mp4); out/NAME_continued.mp4 if that is the history]
     memory_seconds: float = 20.0  # how much history is kept in memory; 0: all
     device: str = "auto"  # auto, cpu, cuda, mps
-    init: str = ""  # Wan: the base DiT under the checkpoint's LoRA; "random": random weights of --preset
+    init: str = ""  # the base DiT under the checkpoint's LoRA; "random": random weights of --preset
     merge: bool = False  # add the LoRA to the base's weights first: faster, but rounded to the base's dtype
     lora: str = ""  # LoRAs by others to add to the base's weights: FILE or FILE:strength, separated by blanks
-    vae: str = ""  # Wan: local folder of its VAE ("random": random weights, for timing); nano, small: a codec file
-    t5: str = ""  # Wan: local folder of umT5 in the diffusers layout
+    vae: str = ""  # local folder of the base's VAE ("random": random weights, for timing); nano, small: a codec file
+    t5: str = ""  # local folder of the base's text encoders in the diffusers layout, such as umT5
     preset: str = "nano"  # of --init random, which needs no checkpoint: to measure speed and memory
 
 
@@ -103,6 +103,8 @@ def sample(dit, noise, text, times, memory, steps, shift=1.0, guidance=1.0, solv
     With one Euler step, shift has no effect and the result is the conditional mean. guidance: a Guidance, or its scale.
     """
     g = guidance if isinstance(guidance, Guidance) else Guidance(guidance)
+    if hasattr(dit, "take_guidance"):  # as an input of its own: then one pass is enough
+        dit, g = dit.take_guidance(g)
     other_text = torch.zeros_like(text) if g.negative is None else g.negative.to(text).expand_as(text)
 
     def velocity(x, t):
@@ -228,7 +230,7 @@ def embed_prompts(config, base, prompts):
     texts = [embedded[prompt] for prompt in prompts]
     base.prompts = None  # umT5 is larger than a DiT of 1.3B
     # to measure speed and memory: any prompt, with no text encoder
-    return [torch.randn_like(text) for text in texts] if config.init == "random" else texts
+    return [*map(torch.randn_like, texts[:-1]), texts[-1]] if config.init == "random" else texts
 
 
 def open_model(config, base, device):

@@ -117,9 +117,9 @@ def test_time_is_relative():
 
 def test_presets_have_the_parameters_of_their_models():
     with torch.device("meta"):
-        count = {name: sum(p.numel() for p in DiT(open_base(name).dit).parameters()) for name in PRESETS}
+        count = {name: sum(p.numel() for p in open_base(name).make_dit().parameters()) for name in PRESETS}
     assert count["wan-1.3b"] == 1_418_996_800 and count["wan-14b"] == 14_288_491_584
-    assert count["wan2.2-5b"] == 4_999_787_712
+    assert count["wan2.2-5b"] == 4_999_787_712 and count["hunyuan"] == 12_821_012_544
     assert 5e6 < count["nano"] < 7e6
 
 

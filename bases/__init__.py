@@ -1,10 +1,10 @@
 """The bases: what a pretrained video model brings. Each base is one or two files. To add one,
 name it twice here: in the import and in BASES."""
 
-from bases import nano, wan, wan22
+from bases import hunyuan, nano, wan, wan22
 from util.cli import UserError
 
-BASES = {name: module for module in (nano, wan, wan22) for name in module.PRESETS}
+BASES = {name: module for module in (nano, wan, wan22, hunyuan) for name in module.PRESETS}
 
 
 def open_base(name, vae="", t5="", device="cpu"):

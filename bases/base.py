@@ -10,7 +10,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from bases.external_lora import apply_loras
 from bases.lora import add_lora, merge_lora
 from bases.names import comfy_name, wan_name
-from model import Block, DiTConfig, pad_replicate
+from model import Block, DiT, DiTConfig, pad_replicate
 from util.cli import UserError
 from util.device import compute_dtype
 from util.weights import load_weights, own_config, weight_files
@@ -19,7 +19,7 @@ from util.weights import load_weights, own_config, weight_files
 @dataclass
 class Base:
     name: str  # --preset
-    dit: DiTConfig
+    dit: DiTConfig  # or the config of another architecture, with the same names for what both have
     codec: object  # pixels <-> latents: a Codec
     prompts: (
         object  # prompts(text) -> (L, text_dim); has `length` (L) and `settings`, what a cache of prompts depends on
@@ -46,11 +46,19 @@ class Base:
     low_guidance: float = None  # guidance below the boundary
     needs_cache: bool = False  # its codec is too large to encode videos while training: it trains on a cache of latents
 
-    rename = staticmethod(wan_name)  # a tensor's name in others' files -> its name in the DiT
+    passes: int = 2  # of the DiT per sampler step, with guidance
+
+    rename = staticmethod(wan_name)  # a tensor's name in others' files -> its name in the DiT, or a Part of one
+    # the DiT's class; those of its blocks, which hold nearly all of its weights; flags of MemoryConfig it knows not
+    architecture, blocks, lacks = DiT, (Block,), ()
 
     def __post_init__(self):
         if not self.dit.in_dim == self.dit.out_dim == self.codec.channels:
             raise ValueError(f"a DiT of {self.dit.in_dim} channels, a codec of {self.codec.channels}")
+
+    def make_dit(self):
+        """A DiT with new weights."""
+        return self.architecture(self.dit)
 
     def noise_range(self, expert):
         """(lowest, highest) noise level that the DiT --expert is trained on. Raises UserError if there is none."""
@@ -102,7 +110,7 @@ class Base:
         """
 
         def cast(parent, name, module):
-            for p in module.parameters() if isinstance(module, Block) else ():
+            for p in module.parameters() if isinstance(module, self.blocks) else ():
                 p.data = p.data.to(dtype(f"blocks.{name}", p))
 
         dtype, hook = frozen_dtype(device), register_module_module_registration_hook(cast) if self.lora else None
@@ -188,11 +196,55 @@ class Codec:
         return {}, {}
 
 
+class CausalCodec(Codec):
+    """A codec of video whose first latent is one frame and every other four. Subclasses have encoder() and decoder():
+    functions that take a video piece by piece and carry on what they need."""
+
+    causal = True
+
+    def frames(self, n):
+        """The most frames, out of n, that are whole latents: 1 + 4k."""
+        return 1 + (n - 1) // 4 * 4
+
+    def encoder(self):
+        """A function that encodes a video piece by piece: (B, 3, 1 + 4k, H, W), later (B, 3, 4k, H, W)."""
+        raise NotImplementedError
+
+    def encode(self, pixels):
+        """A whole video: (B, 3, 1 + 4k, H, W), H and W multiples of the stride -> (B, C, 1 + k, h, w)."""
+        return self.encoder()(pixels)
+
+    def decode(self, latents):
+        """A whole video from its beginning: (B, C, 1 + k, h, w) -> (B, 3, 1 + 4k, H, W)."""
+        return self.decoder()(latents)
+
+    def low_encoder(self, rate):
+        """See Codec: frames 0, t, 2t, ... made smaller, as one stream."""
+        (t, *space), encode, started = rate, self.encoder(), False
+
+        def encode_low(pixels):
+            nonlocal started
+            # the stream's frame 0 comes alone, or before others; any later piece ends with a frame that counts
+            chosen = pixels[:, :, t - 1 :: t] if started else pixels[:, :, ::t]
+            started = True
+            return encode(self.shrink(chosen, space))
+
+        return encode_low
+
+    def encode_low(self, pixels, rate):
+        n = rate[0] * self.stride[0]  # frames per latent of the smaller video; a rest makes none
+        return self.low_encoder(rate)(pixels[:, :, : 1 + (pixels.shape[2] - 1) // n * n])
+
+    def cut_low(self, low, first, last, t):
+        """See Codec; `first` is 0: a history begins where its clip does."""
+        return low[:, :, : 1 + (last - 1) // t]
+
+
 def frozen_dtype(device):
-    """dtype(name, tensor) for a DiT that is not trained: compute dtype for its blocks' matrices, 98 % of it; float32
-    for the rest, as in Wan's own mixed precision."""
+    """dtype(name, tensor) for a DiT that is not trained: compute dtype for its blocks' matrices, nearly all of it;
+    float32 for the rest, as in Wan's own mixed precision."""
 
     def dtype(name, tensor):
-        return compute_dtype(device) if name.startswith("blocks.") and tensor.ndim == 2 else torch.float32
+        return compute_dtype(device) if "blocks." in name and tensor.ndim == 2 else torch.float32
 
     return dtype

@@ -6,7 +6,6 @@ import torch
 import torch.nn as nn
 
 from bases.base import Base
-from model import DiT
 from util.cli import UserError
 from util.weights import load_weights, open_safetensors, read_config, weight_files
 
@@ -94,7 +93,7 @@ class TwoExperts(Base):
         device, path = next(dit.parameters()).device, config.low_checkpoint
         trained = read_config(path) if path else {}
         with torch.device("meta"):
-            low = DiT(self.dit)
+            low = self.make_dit()
         lora = trained.get("lora", 1)
         if lora:
             self.load_dit(low, self.expert_weights(config.init, "low"), device, frozen=True, wait=True)

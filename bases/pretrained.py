@@ -3,9 +3,10 @@
 import hashlib
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
-from util.cli import UserError, first_line
+from util.cli import UserError, first_line, warn
 from util.files import file_hash
 
 
@@ -41,3 +42,30 @@ def from_pretrained(cls, folder, flag, dtype):
         advice = "update transformers" if "embed_tokens" in lost else "download it again"
         raise UserError(f"{flag} lacks {lost}: {advice}")
     return model
+
+
+def import_transformers(what):
+    """The package transformers, which `what` needs. Raises UserError without it."""
+    try:
+        import transformers
+    except ImportError:
+        raise UserError(f"{what} needs the package transformers: pip install transformers") from None
+    return transformers
+
+
+def open_tokenizer(path, flag):
+    """A tokenizer of transformers. Raises UserError."""
+    try:
+        return import_transformers(flag).AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, RuntimeError) as e:
+        raise UserError(f"{flag}: its tokenizer cannot be read ({first_line(e)}): download it again") from None
+
+
+def run_text_model(model, tokens, device, name):
+    """(what a model of transformers makes of token ids (1, n), the device it ran on: the CPU if `device` has too little
+    memory)."""
+    try:
+        return model.to(device)(tokens.to(device)), device
+    except torch.OutOfMemoryError:
+        warn(f"{name} does not fit the memory of {device} and runs on the CPU, which is slow")
+    return model.to("cpu")(tokens), "cpu"  # not inside `except`: the error holds on to what did not fit

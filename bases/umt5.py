@@ -5,30 +5,31 @@ from importlib.util import find_spec
 
 import torch
 
-from bases.pretrained import fingerprint, from_pretrained, subfolder
-from util.cli import UserError, first_line, warn
+from bases.pretrained import (
+    fingerprint,
+    from_pretrained,
+    import_transformers,
+    open_tokenizer,
+    run_text_model,
+    subfolder,
+)
+from util.cli import UserError, warn
 
 
 class UMT5Prompts:
     """Prompt embeddings (512, 4096), zero after the prompt's last token. 10.6 GiB in bf16, on a GPU or the CPU."""
 
     def __init__(self, folder, dim=4096, length=512, device="cpu"):
-        try:
-            from transformers import AutoTokenizer, UMT5EncoderModel
-        except ImportError:
-            raise UserError("umT5 needs the package transformers: pip install transformers") from None
+        transformers = import_transformers("umT5")
         self.dim, self.length = dim, length
         self.device = device if torch.device(device).type == "cuda" else "cpu"
         self.folder = subfolder(folder, "text_encoder", "--t5")
         beside = self.folder.parent / "tokenizer"
         self.words = beside if beside.is_dir() else self.folder
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(self.words)
-        except (OSError, ValueError, RuntimeError) as e:
-            raise UserError(
-                f"--t5 {folder}: its tokenizer cannot be read ({first_line(e)}): download it again"
-            ) from None
-        self.model = from_pretrained(UMT5EncoderModel, self.folder, f"--t5 {folder}", torch.bfloat16).eval()
+        self.tokenizer = open_tokenizer(self.words, f"--t5 {folder}")
+        self.model = from_pretrained(
+            transformers.UMT5EncoderModel, self.folder, f"--t5 {folder}", torch.bfloat16
+        ).eval()
         if self.model.config.d_model != dim:
             raise UserError(
                 f"--t5 {folder} makes vectors of {self.model.config.d_model} numbers, but the DiT reads {dim}: give "
@@ -41,12 +42,8 @@ class UMT5Prompts:
 
     def embed(self, tokens):
         """Token ids (1, n) -> (n, dim), on the device or, if it has too little memory, on the CPU."""
-        try:
-            return self.model.to(self.device)(tokens.to(self.device)).last_hidden_state[0]
-        except torch.OutOfMemoryError:
-            warn(f"umT5 does not fit the memory of {self.device} and runs on the CPU, which is slow")
-        self.device = "cpu"  # not inside `except`: the error holds on to what did not fit
-        return self.model.to("cpu")(tokens).last_hidden_state[0]
+        made, self.device = run_text_model(self.model, tokens, self.device, "umT5")
+        return made.last_hidden_state[0]
 
     @torch.no_grad()
     def __call__(self, prompt):
@@ -79,11 +76,11 @@ class NoPrompts:
 
     settings = None
 
-    def __init__(self, dim, length):
-        self.dim, self.length = dim, length
+    def __init__(self, dim, length, whose="Wan need umT5"):
+        self.dim, self.length, self.whose = dim, length, whose
 
     def __call__(self, prompt):
         """The empty prompt -> (length, dim) of zeros. Raises UserError for any other."""
         if prompt:
-            raise UserError("prompts of Wan need umT5: give --t5, a local folder in the diffusers layout")
+            raise UserError(f"prompts of {self.whose}: give --t5, a local folder in the diffusers layout")
         return torch.zeros(self.length, self.dim)

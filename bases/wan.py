@@ -9,7 +9,7 @@ import math
 import torch
 from einops import rearrange
 
-from bases.base import Base, Codec
+from bases.base import Base, CausalCodec
 from bases.pretrained import fingerprint, from_pretrained, subfolder
 from bases.umt5 import NoPrompts, UMT5Prompts
 from model import DiTConfig
@@ -88,11 +88,11 @@ def open_vae(folder, codec):
     return vae, path
 
 
-class WanCodec(Codec):
+class WanCodec(CausalCodec):
     """Wan's VAE, one or four frames at a time: its causal convolutions carry what they need in a cache, so a video of
     any length takes the memory of four frames. Without a folder, only what needs no weights works."""
 
-    version, channels, stride, causal, large = "2.1", 16, (4, 8, 8), True, True
+    version, channels, stride, large = "2.1", 16, (4, 8, 8), True
     mean, std = MEAN, STD
     architecture = {}  # arguments of diffusers' AutoencoderKLWan
     # float32, traced by a test: bytes of the weights; per pixel of a frame, what the decoder carries from one latent to
@@ -129,16 +129,8 @@ class WanCodec(Codec):
         if self.vae is None:
             raise UserError("latents of Wan need its VAE: give --vae, a local folder in the diffusers layout")
 
-    def frames(self, n):
-        """The most frames, out of n, that are whole latents: 1 + 4k."""
-        return 1 + (n - 1) // 4 * 4
-
     def statistics(self, like):
         return (torch.tensor(x).view(1, -1, 1, 1, 1).to(like) for x in (self.mean, self.std))
-
-    def encode(self, pixels):
-        """A whole video: (B, 3, 1 + 4k, H, W), H and W multiples of the stride -> (B, C, 1 + k, h, w)."""
-        return self.encoder()(pixels)
 
     def encoder(self):
         """A function that encodes a video piece by piece, (B, 3, 1 + 4k, H, W), later (B, 3, 4k, H, W), to the mean of
@@ -200,10 +192,6 @@ class WanCodec(Codec):
                 density *= 2
         return math.ceil(latents)
 
-    def decode(self, latents):
-        """A whole video from its beginning: (B, C, 1 + k, h, w) -> (B, 3, 1 + 4k, H, W)."""
-        return self.decoder()(latents)
-
     def show(self, history, target, times):
         """Pixels (B, 3, F', H, W): the last of the four frames of each latent of `target` (B, C, F', h, w).
 
@@ -222,24 +210,3 @@ class WanCodec(Codec):
                     kept[k] = pixels[:, -1]
             shown.append(torch.stack([kept[k] for k in at.tolist()], dim=1))
         return torch.stack(shown)
-
-    def low_encoder(self, rate):
-        """See Codec: frames 0, t, 2t, ... made smaller, as one stream."""
-        (t, *space), encode, started = rate, self.encoder(), False
-
-        def encode_low(pixels):
-            nonlocal started
-            # the stream's frame 0 comes alone, or before others; any later piece ends with a frame that counts
-            chosen = pixels[:, :, t - 1 :: t] if started else pixels[:, :, ::t]
-            started = True
-            return encode(self.shrink(chosen, space))
-
-        return encode_low
-
-    def encode_low(self, pixels, rate):
-        n = rate[0] * self.stride[0]  # frames per latent of the smaller video; a rest makes none
-        return self.low_encoder(rate)(pixels[:, :, : 1 + (pixels.shape[2] - 1) // n * n])
-
-    def cut_low(self, low, first, last, t):
-        """See Codec; `first` is 0: a history begins where its clip does."""
-        return low[:, :, : 1 + (last - 1) // t]

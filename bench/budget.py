@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bases import open_base
+from bench.costs import block_bytes, flops, inference_bytes, lora_parameters, matrices, n_blocks, text_tokens
 from encoder import MemoryDiT, parse_rate
 from pretrain import PretrainConfig
 from util.cli import UserError, parse_flags
@@ -61,35 +62,8 @@ def paper_tokens(size=PAPER_SIZE, latents=120, rate=PAPER_RATE):
     return latents // t * (size[0] // (16 * h)) * (size[1] // (16 * w))
 
 
-def lora_parameters(c, rank):
-    """Parameters of a LoRA on q, k, v, o of both attentions and on both feed-forward layers, in every block."""
-    return c.layers * rank * (8 * (c.dim + c.dim) + 2 * (c.dim + c.ffn_dim))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# FLOPs
-
-
-def flops(c, tokens, memory=0, cached=False, cross_attention=False):
-    """FLOPs of one DiT forward pass on one sample; elementwise operations are left out.
-
-    tokens: noisy ones; memory: clean ones before them, which skip the patch embedding and the head, but with them the
-    time embedding is computed for two timesteps. cached: their keys and values are there already. cross_attention: they
-    are read through that too.
-    """
-    N, D, T = tokens if cached else tokens + memory, c.dim, c.text_len
-    block = (
-        12 * N * D**2  # q, k, v, o of self-attention; q, o of cross-attention
-        + 4 * N * (tokens + memory) * D  # products of self-attention
-        + 4 * T * D**2  # k, v of cross-attention
-        + 4 * N * T * D  # products of cross-attention
-        + 4 * N * D * c.ffn_dim
-        + cross_attention * 4 * D * (tokens * D + memory * D + tokens * memory)
-    )
-    ends = 2 * tokens * math.prod(c.patch) * (c.in_dim + c.out_dim) * D
-    text = 2 * T * (c.text_dim * D + D**2)
-    timesteps = 2 if memory and not cached else 1
-    return c.layers * block + ends + text + 2 * timesteps * (c.freq_dim * D + 7 * D**2)
+# φ
 
 
 def random_history(base, rate, latents, device, start=0):
@@ -125,22 +99,9 @@ def encoder_cost(encoder, base, rate, latents, start=0):
 # Memory
 
 
-def block_bytes(c, tokens, lora):
-    """Bytes that one block keeps for its backward pass, one sample, under bf16 autocast with a flash kernel.
-
-    (N, D) float32: x at three places; q, k, cross q before RMSNorm; unless the base's weights are frozen, the three
-    after it and two layer norms too. (N, D) bf16: inputs of q, k and v (one tensor), o, cross q, cross o, ffn.0;
-    rotated q and k, v, cross q, an attention's output; unless frozen, two gated outputs too. (N, F) bf16: before and
-    after GELU, F being the feed-forward's width.
-    """
-    float32, bf16 = (6, 10) if lora else (11, 12)
-    return tokens * (c.dim * (4 * float32 + 2 * bf16) + c.ffn_dim * 2 * 2)
-
-
 def frozen_bytes(c, n):
     """{what: bytes} of a frozen base DiT of n parameters (0: it is trained); its dtypes: bases.base.frozen_dtype()."""
-    matrices = c.layers * (8 * c.dim**2 + 2 * c.dim * c.ffn_dim)  # of the blocks
-    return {"base DiT, frozen: bf16, outside its blocks float32": n and 4 * n - 2 * matrices}
+    return {"base DiT, frozen: bf16, outside its blocks float32": n and 4 * n - 2 * matrices(c)}
 
 
 def trained_bytes(n):
@@ -155,6 +116,7 @@ def training_memory(base, frozen, trained, tokens, gpus, encoder_bytes):
     φ keeps for its backward pass. A DiT that recomputes keeps only the residual stream between its blocks.
     """
     c = base.dit
+    tokens += text_tokens(c)
     fixed = {
         **frozen_bytes(c, frozen),
         **trained_bytes(trained),
@@ -167,11 +129,11 @@ def training_memory(base, frozen, trained, tokens, gpus, encoder_bytes):
     block = block_bytes(c, tokens, lora=frozen > 0)
     if base.recompute:
         blocks = {
-            "stream between blocks, float32": 4 * tokens * c.dim * c.layers,
+            "stream between blocks, float32": 4 * tokens * c.dim * n_blocks(c),
             "inside one block, recomputed": block,
         }
     else:
-        blocks = {"inside all blocks": block * c.layers}
+        blocks = {"inside all blocks": block * n_blocks(c)}
     sample = {
         **blocks,
         "gradients of stream and GELU": tokens * (6 * c.dim + 4 * c.ffn_dim),
@@ -182,17 +144,12 @@ def training_memory(base, frozen, trained, tokens, gpus, encoder_bytes):
 
 def sampling_memory(base, frozen, trained, tokens):
     """Bytes at batch 1, a LoRA not merged: ({what: bytes} of denoising, {what: bytes} of decoding; empty if the codec
-    takes nothing to speak of).
-
-    A block needs most in attention (x and its norm; q, k and v; q and k normalised and rotated in float32) or in the
-    feed-forward (x and its norm; before and after GELU, or what a LoRA adds and the sum, in bf16). Both are upper
-    bounds: a trace of one block finds up to a seventh less.
-    """
+    takes nothing to speak of)."""
     c = base.dit
     context = {"CUDA context (estimate)": CONTEXT * 2**30}
     weights = frozen_bytes(c, frozen) | trained_bytes(trained)
-    attention, feed_forward = 31 * c.dim, 13 * c.dim + (6 if frozen else 4) * c.ffn_dim
-    denoising = weights | {"inside one block": tokens * max(attention, feed_forward)} | context
+    inside = inference_bytes(c, tokens + text_tokens(c), frozen > 0)
+    denoising = weights | {"inside one block": inside} | context
     between, decoding = base.codec.memory(math.prod(base.sizes[0]))
     if decoding:  # while a large codec decodes, the DiT waits in host memory
         decoding = ({} if base.codec.large else weights) | decoding | context
@@ -272,20 +229,18 @@ def print_flops(base, encoder, rate, noisy, memory):
     notes += ["an upper bound, as frozen weights need no gradients"] if base.lora else []
     if notes:
         print(f"  {'; '.join(notes)}.")
+    calls = base.passes * steps
     rows = [
         ["memory", "tokens", "DiT", "φ of the section"],
-        [rate, f"{memory:,}", short(2 * steps * forward[1]), short(section)],
-        [
-            f"{rate}, --cache_memory",
-            f"{memory:,}",
-            short(2 * steps * flops(c, noisy[1], memory, cached=True)),
-            f"{short(section)} + {short(flops(c, base.section // t * frame_tokens(base, base.sizes[0], h, w)))}",
-        ],
-        ["full, uncompressed", f"{full:,}", short(2 * steps * flops(c, noisy[1], full)), "–"],
+        [rate, f"{memory:,}", short(calls * forward[1]), short(section)],
+        ["full, uncompressed", f"{full:,}", short(calls * flops(c, noisy[1], full)), "–"],
     ]
-    if base.boundary:  # what is cached would be of one of its two DiTs
-        del rows[2]
-    print_table(f"FLOPs per generated section: {steps} steps x 2 for guidance", rows)
+    if not base.boundary and "cache_memory" not in base.lacks:  # of two DiTs, only one would have what is cached
+        once = short(flops(c, base.section // t * frame_tokens(base, base.sizes[0], h, w)))
+        cached = short(calls * flops(c, noisy[1], memory, cached=True))
+        rows.insert(2, [f"{rate}, --cache_memory", f"{memory:,}", cached, f"{short(section)} + {once}"])
+    guided = " x 2 for guidance" * (base.passes == 2)
+    print_table(f"FLOPs per generated section: {steps} steps{guided}", rows)
 
 
 def print_training_memory(config, base, encoder, frozen, trained, tokens):
@@ -328,7 +283,7 @@ def print_sampling_memory(base, frozen, trained, tokens):
 
 @dataclass
 class BudgetConfig:
-    preset: str = "wan-14b"  # nano, small, wan-1.3b, wan-14b, wan2.2-5b, wan2.2-a14b
+    preset: str = "wan-14b"  # nano, small, wan-1.3b, wan-14b, wan2.2-5b, wan2.2-a14b, hunyuan
     rate: str = None  # compression on the DiT's token grid, rows x columns x frames [the preset's]
     gpus: int = 8  # GPUs to train on
     memory_gb: float = 79.0  # memory of each, GiB; an 80 GB card has about this much

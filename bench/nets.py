@@ -8,7 +8,10 @@ from util.distributed import compile_blocks
 
 
 def diffusers_dit(dit):
-    """diffusers' WanTransformer3DModel that shares the matrices of `dit`; None where diffusers is not installed."""
+    """diffusers' WanTransformer3DModel that shares the matrices of `dit`; None where diffusers is not installed, or for
+    another architecture."""
+    if not isinstance(dit, DiT):
+        return None
     try:
         from diffusers import WanTransformer3DModel
     except ImportError:
@@ -42,7 +45,7 @@ def diffusers_dit(dit):
 def compiled_twin(dit, compile=compile_blocks):
     """A DiT with compiled blocks that shares the weights of `dit`."""
     with torch.device("meta"):
-        twin = DiT(dit.config)
+        twin = type(dit)(dit.config)
     twin.load_state_dict(dit.state_dict(), assign=True)
     twin.recompute = dit.recompute
     compile(twin)

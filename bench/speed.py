@@ -33,7 +33,7 @@ PATIENCE = 60  # seconds; what would take longer is skipped
 
 @dataclass
 class SpeedConfig:
-    preset: str = "nano"  # nano or small; with a GPU also wan-1.3b, wan-14b
+    preset: str = "nano"  # nano or small; with a GPU also wan-1.3b, wan-14b, hunyuan
     rate: str = None  # compression on the DiT's token grid, rows x columns x frames [the preset's]
     batch: int = 1  # sections at once, in the timings of the DiT and of a training step
     repeats: int = 5  # rounds; their medians are printed
@@ -145,7 +145,7 @@ def measure_dit(config, base, model):
     if "diffusers" in nets:
         print(f"largest difference from diffusers' output: {(jobs['DiT']() - jobs['diffusers']()).abs().max():.1e}")
     else:
-        print("diffusers: n/a (pip install diffusers)")
+        print("diffusers: n/a (pip install diffusers; Wan's architecture alone)")
     jobs["φ of the history"] = torch.no_grad()(lambda: model.encoder.encode(high, low))
     jobs["matrix product"] = lambda: a @ b
     peaks = {name: peak_cell(job, device) for name, job in jobs.items()}
@@ -269,10 +269,10 @@ def time_memories(config, base, dit, encoder, latents, kinds):
 def measure_growth(config, base, dit, rate):
     """Seconds per section after 2 to 80 s of history, compressed or not: a list of records for write_growth().
 
-    One forward pass with that many memory tokens is timed, times the sampler's steps, times 2 for guidance; φ and the
-    codec are left out. What would take too long, at this rate of matrix products (FLOP/s), or too much memory is None.
+    One forward pass with that many memory tokens is timed, times the sampler's passes; φ and the codec are left out.
+    What would take too long, at this rate of matrix products (FLOP/s), or too much memory is None.
     """
-    frame, calls = frame_tokens(base, base.sizes[0]), 2 * base.steps
+    frame, calls = frame_tokens(base, base.sizes[0]), base.passes * base.steps
     # the cheapest φ: only the number of its tokens matters
     encoder = find_method("only-lr")(base, config.rate).to(next(dit.parameters()).device)
     records = []
@@ -356,7 +356,9 @@ def speed(argv):
     torch.manual_seed(0)
     with device, base.random_frozen(device):  # the dtypes in which it is sampled from and trained beside a LoRA
         model = MemoryDiT(base, "proposed", config.rate)
-        torch.nn.init.normal_(model.dit.head.head.weight, std=0.02)  # it starts at zero, which would hide errors
+        for p in model.dit.parameters():
+            if not p.any():  # what starts at zero would hide errors
+                torch.nn.init.normal_(p, std=0.02)
     model.dit.recompute = base.recompute
     try:
         with autocast(device):
