@@ -73,7 +73,6 @@ def two_layers(in_dim, hidden, out_dim, names=("0", "1", "2"), activation=None):
 
 
 def embedder(c):
-    """Of a number, given as its sinusoid()."""
     return nn.Sequential(OrderedDict(mlp=two_layers(c.freq_dim, c.dim, c.dim)))
 
 
@@ -94,7 +93,7 @@ def normalise(x, eps):
 @functools.cache
 def frequencies(n):
     """10000^(-i/n), i = 0..n-1, (n,) on the CPU, from float32 exponents as the original's. The exponential is rounded
-    once: its last bit, which else depends on the machine, shows at a guidance of 6016."""
+    once: its last bit, which else depends on the processor, shows at a guidance of 6016."""
     exponents = -math.log(10000) * torch.arange(n, dtype=torch.float32, device="cpu") / n
     return exponents.double().exp().float()
 
@@ -231,11 +230,10 @@ class TokenRefiner(nn.Module):
         mean = (text * valid[..., None]).sum(1) / valid.sum(1, keepdim=True).clamp(min=1)
         with torch.autocast(text.device.type, enabled=False):
             e = (self.t_embedder(sinusoid(t, self.freq_dim)) + self.c_embedder(mean.float()))[:, None]
-        first = torch.arange(valid.shape[1], device=valid.device) == 0
-        keys = (valid | first)[:, None, None]  # without any key, padding would become NaN
+        keys = valid | (torch.arange(valid.shape[1], device=valid.device) == 0)  # with none, padding would become NaN
         x = self.input_embedder(text).float()
         for block in self.individual_token_refiner["blocks"]:
-            x = block(x, e, keys)
+            x = block(x, e, keys[:, None, None])
         return x
 
 

@@ -74,7 +74,7 @@ def test_the_dit_equals_the_original(name, case, monkeypatch):
     context = (given["memory"], given["memory_positions"]) if "memory" in given else None
     monkeypatch.setattr(hunyuan_dit, "text_time", lambda times: torch.zeros(1, 1, 1))
     theirs = frequencies(128).clone()
-    theirs[12] = theirs[12].nextafter(torch.tensor(1.0))  # the exponential of the machine that made the fixtures
+    theirs[12] = theirs[12].nextafter(torch.tensor(1.0))  # its last bit where the fixtures were made
     monkeypatch.setattr(hunyuan_dit, "frequencies", lambda n: theirs)
     monkeypatch.setattr(hunyuan_dit, "guidance_input", lambda scale: scale)  # 6000, not 6016
     v = dit(given["x"], given["t"], text, given["frames"], context, given.get("guidance", 1.0))
