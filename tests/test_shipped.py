@@ -43,7 +43,7 @@ def test_the_model_remembers_and_obeys(tmp_path):
         if name == "right":  # the place asked for, not another of the story
             scored = scores.score(frames[None, :, None], [clip.story for clip in clips], 10)
             assert scored["obeys"].mean() >= 75, scored["obeys"]
-    assert found["right"] > max(found["wrong"], found["none"]) + 3, found
+    assert found["right"] > max(found["wrong"], found["none"]) + 8, found
 
 
 @torch.no_grad()
