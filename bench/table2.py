@@ -272,7 +272,8 @@ def draw_pictures(stem, rows, clip, first, base):
     # an older measurement may have kept more than one story
     made = [(row.name.replace(" ", "\n"), row.pictures[0]) for row in rows] + [("truth", truth[begin:])]
     history = "history,\none frame per section", truth[section // 2 : begin : section]
-    save_contact_sheet([history, *made], f"{stem}.png")
+    every = -(-n // 12)  # at most twelve frames in a row
+    save_contact_sheet([history, *((name, frames[::every]) for name, frames in made)], f"{stem}.png")
     videos = [(name, torch.cat([truth[begin - before : begin], x])) for name, x in made]
     pictures = []
     for f in range(before + n):
