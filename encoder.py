@@ -43,7 +43,7 @@ class MemoryConfig:
 
     method: str = "proposed"  # the kind of memory: a key of METHODS in encoder.py
     rate: str = None  # compression on the DiT's token grid, rows x columns x frames; A+B: two encoders [the preset's]
-    window: int = 0  # stage 2: newest latent frames that memory also has uncompressed
+    window: int = 0  # stage 2: newest latent frames that memory also has uncompressed (sliding-window: has at all)
     anchor: bool = False  # stage 2: the first one too
     cross_attention: bool = False  # the DiT's blocks also read φ's tokens through cross-attention of their own
     cache_memory: bool = False  # memory sees its own segment alone, so its keys and values are computed only once
@@ -58,13 +58,17 @@ class MemoryConfig:
         self.rate = "+".join(f"{h}x{w}x{t}" for t, h, w in rates)  # as checkpoints and tables name it
         method = find_method(self.method)
         if len(rates) > (2 if "second_rate" in method.options else 1):
-            raise UserError(f"--rate {self.rate}: too many for --method {self.method}, give fewer")
+            most = "two, joined by +" if "second_rate" in method.options else "one"
+            raise UserError(f"--rate {self.rate}: --method {self.method} takes {most}; give fewer")
         check_numbers(self, "window", 0)
+        self.window = max(self.window, method.least_window)
+        if self.window > base.history:
+            raise UserError(f"--window {self.window}: a history has {base.history} latent frames; give fewer")
         for key in ("window", "anchor", "cross_attention", "cache_memory"):
             if getattr(self, key) and (key not in method.options or key in base.lacks):
-                raise UserError(f"--{key}: --method {self.method} of --preset {base.name} has none, drop it")
+                raise UserError(f"--{key} does not work with --method {self.method} and --preset {base.name}: drop it")
         if self.cross_attention and self.cache_memory:
-            raise UserError("--cross_attention --cache_memory: not together, since a cache has no tokens; drop one")
+            raise UserError("--cross_attention reads tokens, which --cache_memory does not keep: drop one of the two")
 
 
 def find_method(name):
@@ -161,6 +165,7 @@ class MemoryEncoder(nn.Module):
     has_segments = True  # frames are compressed as soon as they are a whole segment
     may_skip_weights = True  # for DDP: some batches may not use patch_embedding
     reads_low = False  # forward() reads `low`
+    least_window = 0  # of --window
     options = ("window", "anchor", "cross_attention", "cache_memory", "second_rate")  # of MemoryConfig, that make sense
 
     def __init__(self, base, rate, window=0, anchor=False):

@@ -102,10 +102,8 @@ class SlidingWindow(MemoryEncoder):
     """The newest `window` frames, uncompressed; at least one."""
 
     has_stage1 = has_rate = has_segments = may_skip_weights = False
+    least_window = 1
     options = ("window", "anchor", "cross_attention", "cache_memory")
-
-    def __init__(self, base, rate, window=0, anchor=False):
-        super().__init__(base, rate, max(1, window), anchor)
 
     def whole(self, n_frames, start=0):
         return 0
@@ -114,7 +112,7 @@ class SlidingWindow(MemoryEncoder):
 class Keyframes(SlidingWindow):
     """The first and the newest frame, uncompressed: the paper's two-picture baseline, as far as one model can be it."""
 
-    options = ()
+    least_window, options = 0, ()
 
     def __init__(self, base, rate, window=0, anchor=False):
         super().__init__(base, rate, window=1, anchor=True)
@@ -123,7 +121,7 @@ class Keyframes(SlidingWindow):
 class NoMemory(SlidingWindow):
     """Nothing. It has no weights."""
 
-    options = ()
+    least_window, options = 0, ()
 
     def __init__(self, base, rate, window=0, anchor=False):
         with torch.device("meta"):

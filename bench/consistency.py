@@ -29,12 +29,13 @@ from util.video import to_frames, to_pixels
 @dataclass
 class StoryConfig(EvalConfig):
     guidance: float = 1.5  # classifier-free guidance: 1 is none
+    vae: str = ""  # the codec file that the runs were trained with, if it is one of your own
     out: str = "out"  # folder for table2_story.csv, .png and _strip.png
 
 
-def story_base(runs):
+def story_base(runs, config):
     """(base of the runs, sections of its history). Raises UserError for a base without stories."""
-    base = open_base(next(iter(runs.values()))["preset"])
+    base = open_base(next(iter(runs.values()))["preset"], config.vae)
     if base.needs_cache:
         raise UserError(f"--preset {base.name}: stories of the paper-doll world are for runs of nano and small")
     return base, base.history // base.section

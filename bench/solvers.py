@@ -72,7 +72,7 @@ def solvers(argv):
     config = parse(SolversConfig, solvers, argv)
     stem = Path(config.out) / "solvers"
     check_outputs(stem, (".csv", ".png"), [config.checkpoint])
-    base, first = story_base({config.checkpoint: read_config(config.checkpoint)})
+    base, first = story_base({config.checkpoint: read_config(config.checkpoint)}, config)
     config.shift = base.shift if config.shift is None else config.shift
     config.guidance = base.guidance if config.guidance is None else config.guidance
     model, base, _ = open_checkpoint(config.checkpoint, config, "finetune")

@@ -122,7 +122,7 @@ def story(argv):
     folders, config = parse_runs(StoryConfig, story, argv)
     runs = lowest_seeds(read_runs(folders, "story", "finetune", "story"))
     check_outputs(Path(config.out) / "table2_story", (".csv", ".png", "_strip.png"))
-    base, first = story_base(runs)
+    base, first = story_base(runs, config)
     clips, middle = absence_clips(config.clips, base, first), base.section // 2
 
     def select(made):

@@ -301,7 +301,7 @@ def table2(argv):
     runs, retrieved = read_runs(folders, "table2", "finetune", "table2"), read_table1(Path(config.out) / "table1.csv")
     check_outputs(Path(config.out) / "table2", (".md", ".csv", ".png", ".mp4"))
     check_outputs(Path(config.out) / "table2", ("_seeds.csv", "_curves.png", "_sections.png", "_claim.png"))
-    base, first = story_base(runs)
+    base, first = story_base(runs, config)
     clips = stories(config, base, sections=max(STORY_SECTIONS, first + config.sections))
 
     def select(made):

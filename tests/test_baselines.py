@@ -94,7 +94,7 @@ FRAMES_KEPT = [  # method, window, most segments in memory, which of 11 frames s
     ("sliding-window", 0, None, [10]),
     ("sliding-window", 6, None, [5, 6, 7, 8, 9, 10]),
     ("sliding-window", 6, 1, [7, 8, 9, 10]),
-    ("sliding-window", 99, None, list(range(11))),
+    ("sliding-window", 9, None, list(range(2, 11))),
     ("keyframes", 0, None, [0, 10]),
     ("keyframes", 0, 1, [0, 10]),
 ]

@@ -22,7 +22,7 @@ BESIDE = [  # flags, and which of 11 frames, 8 of them in segments, are kept unc
     (dict(window=2), [8, 9, 10]),
     (dict(window=5), [6, 7, 8, 9, 10]),
     (dict(anchor=True), [0, 8, 9, 10]),
-    (dict(window=99), list(range(11))),
+    (dict(window=40), list(range(11))),
 ]
 
 

@@ -300,7 +300,7 @@ def test_guidance_is_an_input():
 
 @pytest.mark.parametrize("flag", ["cross_attention", "cache_memory"])
 def test_what_the_dit_lacks_is_refused(flag):
-    with pytest.raises(UserError, match=f"--{flag}: --method proposed of --preset hunyuan has none, drop it"):
+    with pytest.raises(UserError, match=f"--{flag} does not work with --method proposed and --preset hunyuan: drop it"):
         MemoryDiT(base(), **{flag: True})
 
 

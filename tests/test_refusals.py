@@ -156,7 +156,7 @@ def test_sample_writes_nothing_that_is_not_finite(capsys):
         ("method", "none", "finetune.py"),
         ("rate", "3x3x3", "--rate"),
         ("rate", "4x4x2+2x2x8", "--rate 2x2x8"),
-        ("rate", "4x4x2+2x2x2+1x1x1", "too many"),
+        ("rate", "4x4x2+2x2x2+1x1x1", "takes two, joined by +"),
         ("window", -1, "--window"),
         ("window", 3, "finetune.py"),
         ("steps", 0, "--steps"),
@@ -202,7 +202,9 @@ def test_stages_refuse_settings_that_do_not_fit_together(refused, cache):
     for says, given in {
         "--window": dict(method="none", window=2),
         "--anchor": dict(method="full", anchor=True),
-        "not together": dict(cross_attention=True, cache_memory=True),
+        "which --cache_memory does not keep": dict(cross_attention=True, cache_memory=True),
+        "--window 41: a history has 40 latent frames": dict(window=41),
+        "--history_noise --method none": dict(method="none", history_noise=0.1),
         "--history_noise": dict(history_noise=1.5),
     }.items():
         assert says in refused(finetune.main, *flags(cache, out="out", **given))
@@ -230,6 +232,7 @@ def test_stages_refuse_checkpoints_of_another_kind(refused, cache, stage1):
         save_file({"x": torch.zeros(1)}, "damaged.safetensors", {"config": damage})
         assert "header of damaged.safetensors is damaged" in refusal(finetune, encoder="damaged.safetensors")
     assert "is of pretrain.py" in refusal(finetune, out=stage1, encoder="none", resume=True)
+    assert "with --method proposed, not without-lr" in refusal(pretrain, out=stage1, method="without-lr", resume=True)
     for given in dict(encoder=stage1, rate="2x2x2"), dict(encoder=stage1, method="only-lr"):
         assert "--encoder" in refusal(finetune, **given)
     assert "nowhere" in refusal(finetune, encoder="nowhere")

@@ -52,14 +52,7 @@ def resume(config, stage, model, ema, optimizers):
     if not path.is_file():
         tqdm.write(f"--resume: no {path} yet, so this is the start")
         return 0
-    state = read_state(path, model, ema, optimizers)
-    if state["stage"] != stage:
-        raise UserError(f"--resume: {path} is of {state['stage']}.py: give another folder")
-    for key, value in state["config"].items():
-        ours = getattr(config, key, None)
-        same_file = isinstance(value, str) and isinstance(ours, str) and same_path(shipped(value), shipped(ours))
-        if key not in FREE and value != ours and not same_file:
-            raise UserError(f"--resume: {path} was made with --{key} {value}, not {ours}; give the same flags")
+    state = read_state(path, config, stage, model, ema, optimizers)
     model.load_state_dict({**model.state_dict(), **state["model"]})
     torch._foreach_copy_(ema.shadow, state["ema"])
     for optimizer, its in zip(optimizers, state["optimizers"]):
@@ -67,9 +60,20 @@ def resume(config, stage, model, ema, optimizers):
     return state["step"]
 
 
-def read_state(path, model, ema, optimizers):
-    """The content of a state.pt, which must fit this model to the last tensor. Raises UserError naming what does
-    not."""
+def check_flags(path, state, config, stage):
+    """Raise UserError unless a state was made by this stage with these flags."""
+    if state["stage"] != stage:
+        raise UserError(f"--resume: {path} is of {state['stage']}.py: give another folder")
+    for key, value in state["config"].items():
+        ours = getattr(config, key, None)
+        same_file = isinstance(value, str) and isinstance(ours, str) and same_path(shipped(value), shipped(ours))
+        if key not in FREE and value != ours and not same_file:
+            raise UserError(f"--resume: {path} was made with --{key} {value}, not {ours}; give the same flags")
+
+
+def read_state(path, config, stage, model, ema, optimizers):
+    """The content of a state.pt, which must have these flags and fit this model to the last tensor. Raises UserError
+    naming what does not."""
 
     def refuse(what):
         raise UserError(f"--resume: {path}: {what}; start again in another folder") from None
@@ -84,6 +88,7 @@ def read_state(path, model, ema, optimizers):
             refuse(f"its {key} is missing or no {kind.__name__}")
     if state["step"] < 0:
         refuse(f"its step is {state['step']}")
+    check_flags(path, state, config, stage)  # first: other flags make other tensors
     ours = {name: tensor for name, tensor in model.state_dict().items() if name in set(model.saved_names())}
     for name in ours | state["model"]:
         if not alike(ours.get(name), state["model"].get(name)):

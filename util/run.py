@@ -63,8 +63,9 @@ def check_encoder(config, has_stage1):
     """Refuse contradictory encoder flags of stage 2. has_stage1: of its method. Raises UserError."""
     if not has_stage1 and config.encoder not in (type(config).encoder, "none"):
         raise UserError(f"--encoder {config.encoder}: --method {config.method} has no φ of stage 1; drop it")
-    if config.freeze_encoder and config.method == "none":
-        raise UserError("--freeze_encoder --method none: there is no memory encoder to freeze; drop one of the two")
+    for key in ("freeze_encoder", "history_noise"):
+        if getattr(config, key) and config.method == "none":
+            raise UserError(f"--{key} --method none: there is no memory encoder; drop one of the two")
     if config.expert == "low" and has_stage1 and not config.freeze_encoder:
         raise UserError(
             "--expert low: it reads the memory of the high one's φ; give --encoder its run, --freeze_encoder"
