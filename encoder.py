@@ -57,9 +57,9 @@ class MemoryConfig:
         rates = [parse_rate(rate, base) for rate in (self.rate or base.rate).split("+")]
         self.rate = "+".join(f"{h}x{w}x{t}" for t, h, w in rates)  # as checkpoints and tables name it
         method = find_method(self.method)
-        if len(rates) > (2 if "second_rate" in method.options else 1):
-            most = "two, joined by +" if "second_rate" in method.options else "one"
-            raise UserError(f"--rate {self.rate}: --method {self.method} takes {most}; give fewer")
+        most, words = (2, "two, joined by +") if "second_rate" in method.options else (1, "one")
+        if len(rates) > most:
+            raise UserError(f"--rate {self.rate}: --method {self.method} takes {words}; give fewer")
         check_numbers(self, "window", 0)
         self.window = max(self.window, method.least_window)
         if self.window > base.history:
@@ -179,9 +179,8 @@ class MemoryEncoder(nn.Module):
         self.build(base)
         # φ's own copy of the DiT's patch embedding, for uncompressed frames: so memory does not depend on the DiT's own
         self.patch_embedding = PatchEmbedding(base.dit.in_dim, base.dit.dim, self.patch)
-        self.second = (
-            WithoutLR(base, *second) if second else None
-        )  # a second encoder: its tokens lie beside the first's
+        # the second encoder of a rate A+B: its tokens lie beside the first's
+        self.second = WithoutLR(base, *second) if second else None
         if second:
             self.second.patch_embedding = None  # uncompressed frames are there already
 

@@ -40,9 +40,8 @@ class Base:
     steps: int = 20  # sampler steps
     guidance: float = 1.5  # classifier-free guidance
     shift: float = 3.0  # timestep shift
-    boundary: float = (
-        0.0  # from this noise level on another DiT denoises than below it, see bases/experts.py; 0: one DiT
-    )
+    # from this noise level on another DiT denoises than below it, see bases/experts.py; 0: one DiT
+    boundary: float = 0.0
     low_guidance: float = None  # guidance below the boundary
     needs_cache: bool = False  # its codec is too large to encode videos while training: it trains on a cache of latents
 
@@ -198,9 +197,21 @@ class Codec:
 
 class CausalCodec(Codec):
     """A codec of video whose first latent is one frame and every other four. Subclasses have encoder() and decoder():
-    functions that take a video piece by piece and carry on what they need."""
+    functions that take a video piece by piece and carry on what they need; `vae`, None where its weights are not at
+    hand; and what it takes: weight_bytes, carried_per_pixel and decoding_per_pixel, bytes."""
 
     causal = True
+
+    @property
+    def decodes(self):
+        return self.vae is not None
+
+    def memory(self, pixels):
+        what = "what it carries on, or decodes with"
+        return tuple(
+            {"VAE": self.weight_bytes, what: per_pixel * pixels}
+            for per_pixel in (self.carried_per_pixel, self.decoding_per_pixel)
+        )
 
     def frames(self, n):
         """The most frames, out of n, that are whole latents: 1 + 4k."""

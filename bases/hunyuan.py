@@ -99,19 +99,8 @@ class HunyuanCodec(CausalCodec):
             self.vae.eval().requires_grad_(False).to(device)
 
     @property
-    def decodes(self):
-        return self.vae is not None
-
-    @property
     def settings(self):
         return ["hunyuan", fingerprint(self.folder) if self.folder else None]
-
-    def memory(self, pixels):
-        what = "what it carries on, or decodes with"
-        return tuple(
-            {"VAE": self.weight_bytes, what: per_pixel * pixels}
-            for per_pixel in (self.carried_per_pixel, self.decoding_per_pixel)
-        )
 
     def check_weights(self):
         if self.vae is None:

@@ -106,10 +106,6 @@ class WanCodec(CausalCodec):
             self.vae.eval().requires_grad_(False).to(device)
 
     @property
-    def decodes(self):
-        return self.vae is not None
-
-    @property
     def settings(self):
         return ["wan", fingerprint(self.folder) if self.folder else None]
 
@@ -117,13 +113,6 @@ class WanCodec(CausalCodec):
     def patch(self):
         """This many rows and columns of pixels are channels of the VAE's networks, column before row."""
         return self.vae.config.patch_size or 1
-
-    def memory(self, pixels):
-        what = "what it carries on, or decodes with"
-        return tuple(
-            {"VAE": self.weight_bytes, what: per_pixel * pixels}
-            for per_pixel in (self.carried_per_pixel, self.decoding_per_pixel)
-        )
 
     def check_weights(self):
         if self.vae is None:

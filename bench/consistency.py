@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from bases import open_base
-from bench.budget import flops
+from bench.costs import flops
 from bench.runs import EvalConfig, describe_machine, measure_runs, open_checkpoint, question
 from bench.speed import alternate
 from bench.stats import per_clip
